@@ -13,4 +13,6 @@ def need(package: str, *, extra: str, why: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as err:
-        raise SvpError(f'{why} needs the package "{package}"', f'pip install "svp-vision[{extra}]"', kind="env") from err
+        raise SvpError(
+            f'{why} needs the package "{package}"', f'pip install "svp-vision[{extra}]"', kind="env"
+        ) from err

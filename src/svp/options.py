@@ -15,7 +15,9 @@ from svp.errors import SvpError, unknown
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+def option(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Any:
     """A dataclass field with its help; low <= value <= high and value > above are checked by `build`."""
     metadata = {"help": help, "low": low, "high": high, "above": above}
     if isinstance(default, (list, dict)):
@@ -55,7 +57,8 @@ def describe(cls: type) -> list[Row]:
     """All options of the dataclass `cls`, in order."""
     hints = typing.get_type_hints(cls)
     return [
-        Row(f.name, type_words(hints[f.name]), default_of(f), f.metadata.get("help", "")) for f in dataclasses.fields(cls)
+        Row(f.name, type_words(hints[f.name]), default_of(f), f.metadata.get("help", ""))
+        for f in dataclasses.fields(cls)
     ]
 
 
@@ -75,7 +78,9 @@ def assignments(texts: typing.Iterable[str], flag: str) -> dict[str, Any]:
         try:
             found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as err:
-            raise SvpError(f"{flag} {text!r}: the value cannot be read", f"quote it: {flag} '{key}=…'", kind="usage") from err
+            raise SvpError(
+                f"{flag} {text!r}: the value cannot be read", f"quote it: {flag} '{key}=…'", kind="usage"
+            ) from err
     return found
 
 
@@ -119,7 +124,9 @@ def _check_range(f: dataclasses.Field, number: Any, what: str) -> None:
     asked = [(fits, words) for bound, fits, words in tests if bound is not None]
     if not math.isfinite(number) or not all(fits() for fits, _ in asked):
         wanted = " and ".join(["a finite number"] * (not math.isfinite(number)) + [words for _, words in asked])
-        raise SvpError(f"{f.name} of {what} is {number}, expected {wanted}", f"the default is {default_of(f)!r}", kind="usage")
+        raise SvpError(
+            f"{f.name} of {what} is {number}, expected {wanted}", f"the default is {default_of(f)!r}", kind="usage"
+        )
 
 
 def _converted(hint: Any, value: Any) -> Any:

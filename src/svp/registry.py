@@ -65,7 +65,9 @@ def _by_variants(stem: str, tree: ast.Module) -> dict[str, str]:
 
 
 METHODS = Room("method", "methods", frozenset({"base"}), _by_file_name)
-BACKBONES = Room("backbone", "backbones", frozenset({"base", "checkpoints", "positions", "timm_registry"}), _by_variants)
+BACKBONES = Room(
+    "backbone", "backbones", frozenset({"base", "checkpoints", "positions", "timm_registry", "create"}), _by_variants
+)
 ROOMS = {room.folder: room for room in (METHODS, BACKBONES)}
 
 
@@ -80,7 +82,9 @@ def _entries(room: Room) -> dict[str, Entry]:
             found[name] = Entry(name, f"svp.{room.folder}.{path.stem}", summary)
     for point in importlib.metadata.entry_points(group=f"svp.{room.folder}"):
         if point.name in found:
-            raise SvpError(f"the {room.kind} '{point.name}' of {point.value} has the name of a built-in one", kind="env")
+            raise SvpError(
+                f"the {room.kind} '{point.name}' of {point.value} has the name of a built-in one", kind="env"
+            )
         found[point.name] = Entry(point.name, point.value, f"from {point.value}", point)
     return found
 

@@ -1,0 +1,1 @@
+"""Published networks: what is frozen. One family, one file."""

@@ -1,0 +1,265 @@
+"""What every backbone shares: weights by name, seams, logits as timm has them, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svp.errors import SvpError, unknown
+from svp.preprocessing import Preprocessing
+from svp.seams import Seams, Site, Tokens, Weights
+
+PLAIN = Seams()
+
+
+class Backbone(nn.Module):
+    """A published network as a pure function of (images, weights by name, seams).
+
+    Its modules hold the published tensors under the published names; nothing in them is ever swapped. Subclasses give
+    `run_blocks`, `site` and the sizes; images are (b, 3, H, W), prepared as `preprocessing` says.
+    """
+
+    family: ClassVar[str] = ""
+    name: str
+    img_size: tuple[int, int]
+    num_features: int
+    num_classes: int
+    depth: int
+    preprocessing: Preprocessing
+    head: nn.Module
+    kernel: str = "auto"
+    grad_checkpointing: bool = False
+    stored_positions: str | None = None  # digest of the file's position table when it was resized on loading
+    weights_from: str = "random"
+
+    # -- the function --------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (b, 3, H, W) -> logits (b, num_classes) of the source head."""
+        return self.forward_head(self.forward_features(images))
+
+    def features(self, images: Tensor, seams: Seams | None = None, drop_path: float = 0.0) -> Tensor:
+        """images (b, 3, H, W) -> feature (b, d).
+
+        With seams the network is frozen: its tensors are detached, replaced as the seams say, and take no gradient.
+        drop_path is the rate of the last block in this call (0 in evaluation).
+        """
+        w = self.in_force(seams)
+        seams = seams or PLAIN
+
+        def run(images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            self.check_images(images)
+            tokens = self.run_blocks(images, w, seams, side, drop_path)
+            return self.pool(tokens.x, tokens.cls, tokens.patches), tokens.side
+
+        return seams.network(images, run)
+
+    def run_blocks(self, images: Tensor, w: Weights, seams: Seams, side: Tensor | None, drop_path: float) -> Tokens:
+        """images (b, 3, H, W) -> the tokens after the last norm, x (b, l, d)."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor, cls: tuple[int, ...], patches: Tensor | None = None) -> Tensor:
+        """The mean of the class tokens, or of the picture's where there are none: (b, l, d) -> (b, d)."""
+        if len(cls) == 1:
+            return x[:, cls[0]]
+        if cls:
+            return x[:, list(cls)].mean(1)
+        return x.mean(1) if patches is None or len(patches) == x.shape[1] else x[:, patches].mean(1)
+
+    def in_force(self, seams: Seams | None) -> Weights:
+        """published name -> tensor, as this call uses it."""
+        if seams is None:
+            return dict(self.named_parameters())
+        w = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("head.")}
+        if seams.acts("weights"):
+            changed = seams.weights(w)
+            known = self.site_slots()
+            for name in changed:
+                if name not in w and name not in known:
+                    raise unknown(f"tensor of {self.name} to replace named", name, [*w, *known])
+            w.update(changed)
+        return w
+
+    def check_images(self, images: Tensor) -> None:
+        """One sentence for a tensor that is not (b, 3, H, W) of this backbone's size."""
+        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            channels_last = isinstance(images, Tensor) and images.dim() == 4 and images.shape[3] == 3
+            hint = (
+                "images are (b, H, W, 3): permute(0, 3, 1, 2)"
+                if channels_last
+                else "stack pictures: torch.stack([...])"
+            )
+            raise SvpError(f"images are {shape}, expected (b, 3, {self.img_size[0]}, {self.img_size[1]})", hint)
+        if tuple(images.shape[2:]) != self.img_size:
+            h, w = images.shape[2:]
+            hint = f'create_backbone("{self.name}", img_size=({h}, {w})), or resize the pictures to {self.img_size}'
+            raise SvpError(
+                f"images are {h} x {w} pixels, this {self.name} takes {self.img_size[0]} x {self.img_size[1]}", hint
+            )
+        if not images.is_floating_point():
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise SvpError(
+                f"images are {dtype}, expected floating point", "images.float() / 255, then minus mean, over std"
+            )
+        device = next(self.parameters()).device
+        if images.device != device:
+            raise SvpError(f"images are on {images.device}, {self.name} is on {device}", f"images.to('{device}')")
+
+    # -- what methods may know -----------------------------------------------------------------------------------------
+
+    def site(self) -> Site:
+        """Sizes and views of the frozen tensors for a method to build its parameters from."""
+        raise NotImplementedError
+
+    def site_slots(self) -> frozenset[str]:
+        """Bias slots that the published network left empty and a method may fill."""
+        return frozenset()
+
+    def fingerprint(self) -> str:
+        """sha256 over the sorted (name, shape, float32 bytes): the identity of what an adapter was trained on.
+
+        A position table that was resized on loading counts as the file has it, so that the picture size does not matter.
+        """
+        digest = hashlib.sha256()
+        for name, p in sorted(self.state_dict().items()):
+            stored = self.stored_positions if name == "pos_embed" else None
+            digest.update(f"{name} {stored or tensor_digest(p)}".encode())
+        return digest.hexdigest()
+
+    # -- timm's protocol -----------------------------------------------------------------------------------------------
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images (b, 3, H, W) -> normed tokens (b, l, d)."""
+        self.check_images(images)
+        return self.run_blocks(images, self.in_force(None), PLAIN, None, self.drop_path_now).x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normed tokens (b, l, d) -> logits (b, num_classes), or the feature (b, d) with pre_logits."""
+        feature = self.pool(x, self.cls_positions)
+        return feature if pre_logits else self.head(feature)
+
+    @property
+    def cls_positions(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def drop_path_now(self) -> float:
+        """The rate of timm's `drop_path_rate`, in training mode."""
+        return getattr(self, "drop_path_rate", 0.0) if self.training else 0.0
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.num_features
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head of random weights; 0 classes: none. Vim's feature is its class token: global_pool must agree."""
+        if global_pool not in (None, "", "token"):
+            raise SvpError(f"global_pool {global_pool!r} is not offered by {self.name}", 'use "token"', kind="usage")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+            self.head.to(next(self.parameters()).device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return self.pretrained_cfg
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        p = self.preprocessing
+        return {
+            "architecture": self.name,
+            "num_classes": self.num_classes,
+            "input_size": (3, *self.img_size),
+            "fixed_input_size": True,
+            "interpolation": p.interpolation,
+            "crop_pct": max(p.crop) / p.shorter_side,
+            "mean": p.mean,
+            "std": p.std,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+
+
+def tensor_digest(t: Tensor) -> str:
+    """sha256 over shape and float32 bytes."""
+    values = t.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(str(tuple(t.shape)).encode() + values.numpy().tobytes()).hexdigest()
+
+
+def linear(module: nn.Module, w: Weights, name: str, x: Tensor, bias: bool = True) -> Tensor:
+    """x (b, l, d_in) -> (b, l, d_out) with the weights in force under `name`.
+
+    A hook on the module, or a foreign wrapper in its place, acts too: then the module itself is called (with its bias,
+    whatever `bias` says). A weight cannot be replaced by a method and wrapped by somebody else at once: SvpError.
+    """
+    if is_plain(module):
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias") if bias else None)
+    own = dict(module.named_parameters()).get("weight")
+    in_force = w.get(f"{name}.weight")
+    if own is not None and in_force is not None and in_force.data_ptr() != own.data_ptr():
+        raise SvpError(
+            f"{name} carries a hook or wrapper and a method replaces its weight",
+            "remove the hook, or use another method",
+        )
+    return module(x)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is nothing but its linear map."""
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    )
+
+
+def beside(y: Tensor, x: Tensor, extra: dict[str, Callable[[Tensor], Tensor]], name: str) -> Tensor:
+    """y plus the term that a method put next to the layer `name`, computed from the layer's input x."""
+    term = extra.get(name)
+    return y if term is None else y + term(x).to(y.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis, in float32 or wider, returned as dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (F.rms_norm(wide, wide.shape[-1:], None, eps) * weight.to(wide.dtype)).to(dtype)
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: a picture's branch (b, …) is kept with probability 1 - rate and then divided by it."""
+    if rate == 0.0:
+        return x
+    keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= rate
+    return x * (keep.to(x.dtype) / (1 - rate))
+
+
+def by_block(w: Weights, prefix: str = "layers.") -> list[Weights]:
+    """Weights by published name -> one dictionary a block, its names without `layers.{i}.`"""
+    found: dict[int, Weights] = {}
+    for name, tensor in w.items():
+        if name.startswith(prefix):
+            index, _, rest = name[len(prefix) :].partition(".")
+            found.setdefault(int(index), {})[rest] = tensor
+    return [found[i] for i in sorted(found)]
+
+
+def pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """64 -> (64, 64); (48, 32) stays."""
+    if isinstance(size, int):
+        return size, size
+    h, w = size
+    return int(h), int(w)

@@ -1,0 +1,144 @@
+"""`create_backbone`: a registered network of any size, with random, shipped, published or local weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svp.backbones.base import Backbone, pair
+from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, recognise, words
+from svp.errors import SvpError, unknown
+from svp.registry import BACKBONES
+
+KERNELS = ("auto", "reference", "cpu", "triton")
+
+
+def create_backbone(
+    name: str,
+    *,
+    weights: str | os.PathLike | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    kernel: str = "auto",
+    seed: int = 0,
+    pos_resize: str = "middle",
+    trust_pickle: bool = False,
+    **overrides: Any,
+) -> Backbone:
+    """A backbone by its registered name, in evaluation mode.
+
+    weights    None: random, from `seed`; "default": what ships with the package, else the published file from the
+               Hugging Face hub; a local .pth, .pt or .safetensors file; "hf:OWNER/NAME[/file]"
+    img_size   pixels, int or (H, W); None: the size it was trained with. The position table is resized to it.
+    kernel     "auto", "reference", "cpu" or "triton": which scan answers; a named one never falls back
+    overrides  keywords of the family, for example depth=2, embed_dim=32
+    Raises SvpError for unknown names and keywords, and for files that do not fit, naming the backbone they would fit.
+    """
+    entry = BACKBONES.get(name)
+    if kernel not in KERNELS:
+        raise unknown("kernel", kernel, KERNELS)
+    module = entry.load()
+    sizes = {**module.VARIANTS[name], **overrides}
+    if img_size is not None:
+        sizes["img_size"] = pair(img_size)
+    found = None if weights is None else read_checkpoint(weights_file(name, str(weights)), trust_pickle=trust_pickle)
+    if found is not None:
+        sizes = _fitted(name, module, sizes, found, overrides)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = family_class(module)(name, **sizes)
+    except TypeError as err:
+        raise SvpError(f"{name}: {str(err).split('() ')[-1]}", f"svp list backbones {name}", "usage") from err
+    net.kernel = kernel
+    net.overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
+    net.report = Report()
+    if found is not None:
+        net.report = load_into(net, found, pos_resize)
+        net.weights_from = str(weights)
+    return net.eval()
+
+
+def family_class(module: Any) -> type[Backbone]:
+    """The Backbone subclass of a family's file."""
+    return next(
+        v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Backbone) and v is not Backbone
+    )
+
+
+def weights_file(name: str, weights: str) -> Path:
+    """The local file of a `weights` text; hub files are fetched into the hub's cache."""
+    if weights == "default":
+        shipped = shipped_weights(name)
+        if shipped is not None:
+            return shipped
+        published = getattr(BACKBONES.get(name).load(), "PUBLISHED", {})
+        if name not in published:
+            raise SvpError(
+                f"no weights ship with {name} and none are published", "weights=None for random ones", "artefact"
+            )
+        return from_hub(*published[name])
+    if weights.startswith("hf:"):
+        owner, _, rest = weights[3:].partition("/")
+        repository, _, file = rest.partition("/")
+        if not owner or not repository:
+            raise SvpError(f"weights '{weights}' is not hf:OWNER/NAME or hf:OWNER/NAME/FILE", "", "usage")
+        return from_hub(f"{owner}/{repository}", file or "model.safetensors")
+    if weights in ("none", "random"):
+        raise SvpError(f"the checkpoint {weights} does not exist", "leave weights out for random ones", "artefact")
+    return Path(weights)
+
+
+def shipped_weights(name: str) -> Path | None:
+    """The file inside the package, or None."""
+    with contextlib.suppress(FileNotFoundError, ModuleNotFoundError):
+        path = Path(str(resources.files("svp") / "weights" / f"{name}.safetensors"))
+        return path if path.is_file() else None
+    return None
+
+
+def from_hub(repository: str, file: str) -> Path:
+    """A file of the Hugging Face hub, from its cache when it is there (HF_HUB_OFFLINE is honoured)."""
+    hub = importlib.import_module("huggingface_hub")
+    address = f"https://huggingface.co/{repository}/resolve/main/{file}"
+    try:
+        return Path(hub.hf_hub_download(repository, file))
+    except Exception as err:  # the hub raises many kinds: no network, no such file, refused
+        reason = str(err).strip().split("\n")[0] or type(err).__name__
+        raise SvpError(
+            f"{file} of {repository} could not be fetched: {reason}",
+            f"download {address} yourself and give it with --weights {file}", "env",
+        ) from err  # fmt: skip
+
+
+def _fitted(
+    name: str, module: Any, sizes: dict[str, Any], found: Checkpoint, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """The sizes with the file's class count; raises when the file is of another network, naming the one it fits."""
+    seen = recognise(found.tensors)
+    if seen is None:
+        raise SvpError(
+            f"{found.path} does not look like {name}: it holds {words(None)}", "svp list backbones", "artefact"
+        )
+    defaults = dict(depth=24, d_state=16, expand=2, patch_size=16)
+    wanted = {**defaults, **{k: v for k, v in sizes.items() if k in (*defaults, "embed_dim", "dt_rank")}}
+    wrong = [k for k, v in wanted.items() if k in seen and v is not None and seen[k] != v]
+    if wrong:
+        fits = [
+            other
+            for other, row in module.VARIANTS.items()
+            if all(seen.get(k, v) == v for k, v in {**defaults, **row}.items() if k in (*defaults, "embed_dim"))
+        ]
+        hint = f"the file fits {' or '.join(fits)}: --backbone {fits[0]}" if fits else f"its sizes: {words(seen)}"
+        said = " and ".join(f"{k} {seen[k]}" for k in wrong)
+        raise SvpError(
+            f"{found.path} has {said}, {name} needs {' and '.join(str(wanted[k]) for k in wrong)}", hint, "artefact"
+        )
+    if "num_classes" in seen and "num_classes" not in overrides:
+        sizes = {**sizes, "num_classes": seen["num_classes"]}
+    return sizes

@@ -1,0 +1,401 @@
+"""Vision Mamba: bidirectional Mamba blocks over patch tokens, the class token in the middle (arXiv 2401.09417)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair, rms_norm
+from svp.errors import SvpError
+from svp.ops import causal_conv1d, selective_scan
+from svp.preprocessing import Preprocessing
+from svp.seams import BlockSite, Scan, Seams, Site, Tokens, Weights
+
+VARIANTS: dict[str, dict[str, Any]] = {  # name: what differs
+    "vim_tiny": dict(embed_dim=192),
+    "vim_tiny_stride8": dict(embed_dim=192, stride=8),
+    "vim_small": dict(embed_dim=384),
+    "vim_small_stride8": dict(embed_dim=384, stride=8),
+    "vim_base": dict(embed_dim=768),
+    "vim_tiny_64": dict(embed_dim=192, patch_size=8, img_size=64, num_classes=200),
+    "vim_nano": dict(embed_dim=96, patch_size=8, img_size=64, num_classes=200),
+}
+PUBLISHED = {  # variant: (hub repository, file) of the weights published with arXiv 2401.09417
+    "vim_tiny": ("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
+    "vim_tiny_stride8": ("hustvl/Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
+    "vim_small": ("hustvl/Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
+    "vim_small_stride8": ("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
+    "vim_base": ("hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
+}
+CLASS_TOKENS = Literal["middle", "head", "double", "none"]
+
+
+class Vim(Backbone):
+    """Vision Mamba of any size.
+
+    embed_dim, depth, d_state, d_conv, expand, dt_rank   widths of the blocks; dt_rank None: ceil(embed_dim / 16)
+    patch_size, stride, img_size                         pixels; stride None: patch_size; img_size int or (H, W)
+    cls_token       "middle" (published), "head", "double" (head and tail, their mean), "none" (mean of the patches)
+    scan_type       "v2": two directions with their own weights (published); "v1": they share all but A; "none": forward only
+    divide_out      halve the sum of the two directions (published, scan_type "v2")
+    layer_scale     start value of a per-channel scale after out_proj, or None
+    Source: arXiv 2401.09417; repository hustvl/Vim, vim/models_mamba.py and mamba-1p1p1.
+    """
+
+    family = "vim"
+
+    def __init__(
+        self,
+        name: str = "vim",
+        *,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        patch_size: int = 16,
+        stride: int | None = None,
+        img_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        cls_token: CLASS_TOKENS = "middle",
+        scan_type: Literal["v2", "v1", "none"] = "v2",
+        divide_out: bool = True,
+        layer_scale: float | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.name, self.depth, self.embed_dim, self.num_features = name, depth, embed_dim, embed_dim
+        self.num_classes, self.drop_path_rate, self.norm_eps = num_classes, drop_path_rate, norm_eps
+        self.patch_size, self.stride, self.cls_kind = patch_size, stride or patch_size, cls_token
+        self.img_size = pair(img_size)
+        self.grid = grid_of(self.img_size, patch_size, self.stride)
+        self.scan_type, self.divide_out = scan_type, divide_out and scan_type == "v2"
+        small = max(self.img_size) <= 64  # trained without a margin
+        self.preprocessing = Preprocessing(self.img_size, resize=max(self.img_size) if small else None)
+
+        count = self.grid[0] * self.grid[1]
+        self.patch_embed = PatchEmbed(embed_dim, patch_size, self.stride)
+        for token in {
+            "middle": ["cls_token"],
+            "head": ["cls_token"],
+            "double": ["cls_token_head", "cls_token_tail"],
+        }.get(cls_token, []):
+            self.register_parameter(token, nn.Parameter(torch.zeros(1, 1, embed_dim)))
+        self.pos_embed = nn.Parameter(torch.zeros(1, count + len(self.cls_positions), embed_dim))
+        sizes = dict(
+            d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, scan_type=scan_type, layer_scale=layer_scale
+        )
+        self.layers = nn.ModuleList(Layer(embed_dim, bias=bias, conv_bias=conv_bias, **sizes) for _ in range(depth))
+        self.norm_f = Norm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    # -- the function --------------------------------------------------------------------------------------------------
+
+    def embed(self, images: Tensor, w: Weights) -> Tokens:
+        """Pictures (b, 3, H, W) -> patch tokens with class tokens and positions."""
+        x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], self.stride)
+        x = x.flatten(2).transpose(1, 2)  # (b, h*w, d)
+        b, count, _ = x.shape
+        cls = self.cls_positions
+        if self.cls_kind == "double":
+            head, tail = (w[f"cls_token_{end}"].expand(b, -1, -1).to(x.dtype) for end in ("head", "tail"))
+            x = torch.cat([head, x, tail], dim=1)
+        elif cls:
+            token = w["cls_token"].expand(b, -1, -1).to(x.dtype)
+            x = torch.cat([x[:, : cls[0]], token, x[:, cls[0] :]], dim=1)
+        x = x + w["pos_embed"].to(x.dtype)
+        places = torch.tensor([t for t in range(count + len(cls)) if t not in cls], device=x.device)
+        return Tokens(x, None, cls, places, places.new_empty(0), self.grid)
+
+    def run_blocks(self, images, w, seams, side=None, drop_path_rate=0.0):
+        blocks = by_block(w)
+        tokens = self.embed(images, w)._replace(side=side)
+        for i, layer in enumerate(self.layers):
+            block = Block(self, layer, blocks[i], i, seams, drop_rate(drop_path_rate, i, self.depth))
+            tokens = (
+                self.checkpointed(seams, tokens, i, block) if self.grad_checkpointing else seams.block(tokens, i, block)
+            )
+        tokens = tokens._replace(x=drop_path(tokens.x, drop_path_rate))
+        normed = rms_norm(tokens.stream, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
+        return tokens._replace(x=normed, residual=None)
+
+    def checkpointed(self, seams: Seams, tokens: Tokens, i: int, block: Block) -> Tokens:
+        """The block, its activations recomputed in the backward pass; only block inputs are kept."""
+        if not torch.is_grad_enabled():
+            return seams.block(tokens, i, block)
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(seams.block, tokens, i, block, use_reentrant=False)
+
+    @property
+    def cls_positions(self) -> tuple[int, ...]:
+        count = self.grid[0] * self.grid[1]
+        return {"middle": (count // 2,), "head": (0,), "double": (0, count + 1), "none": ()}[self.cls_kind]
+
+    # -- what methods may know -----------------------------------------------------------------------------------------
+
+    def site(self) -> Site:
+        directions = {"v2": 2, "v1": 2, "none": 1}[self.scan_type]
+        blocks = []
+        for layer in self.layers:
+            e, n = layer.mixer.A_log.shape
+            r, taps = layer.mixer.dt_proj.weight.shape[1], layer.mixer.conv1d.weight.shape[2]
+            blocks.append(BlockSite(self.embed_dim, kinds=("mixer",), e=e, n=n, r=r, k=directions, taps=taps))
+        p = self.preprocessing
+        views = {name: t.detach() for name, t in self.named_parameters()}
+        return Site(
+            self.name, tuple(blocks), views, self.site_slots(), self.img_size, self.patch_size, self.grid,
+            self.cls_positions, self.num_features, p.mean, p.std, self.head,
+        )  # fmt: skip
+
+    def site_slots(self) -> frozenset[str]:
+        twins = ("x_proj", "x_proj_b") if self.scan_type == "v2" else ("x_proj",)
+        names = {f"layers.{i}.mixer.{m}.bias" for i in range(self.depth) for m in ("in_proj", "out_proj", *twins)}
+        names |= {f"layers.{i}.mixer.{m}.bias" for i in range(self.depth) for m in ("conv1d", "conv1d_b")}
+        return frozenset(names - set(dict(self.named_parameters())))
+
+    # -- start values, timm's protocol ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The published start values (arXiv 2401.09417's code): the backward step size starts at softplus(0) on purpose."""
+        nn.init.normal_(
+            self.patch_embed.proj.weight, std=math.sqrt(1 / self.patch_embed.proj.weight[0].numel()) / 0.8796
+        )
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name, p in self.named_parameters():
+            if name in ("pos_embed", "cls_token", "cls_token_head", "cls_token_tail", "head.weight"):
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("out_proj.weight"):
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+                p /= math.sqrt(self.depth)
+            elif name.endswith(("in_proj.bias", "out_proj.bias", "dt_proj_b.bias", "head.bias")):
+                nn.init.zeros_(p)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        return_prefix_tokens: bool = False,
+        stop_early: bool = False,
+    ) -> Any:
+        """timm's intermediate features: after the chosen blocks the residual stream's patches, (b, d, h, w) or (b, h*w, d)."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise SvpError(f"output_fmt is {output_fmt!r}, expected NCHW or NLC", kind="usage")
+        wanted = _indices(indices, self.depth)
+        taken = Taker(wanted)
+        self.check_images(x)
+        w = self.in_force(None)
+        last = self.run_blocks(x, w, taken, None, self.drop_path_now)
+        outs = []
+        for i in wanted:
+            stream, tokens = taken.found[i]
+            stream = rms_norm(stream, w["norm_f.weight"], self.norm_eps, last.x.dtype) if norm else stream
+            patches = stream[:, tokens.patches]
+            if output_fmt == "NCHW":
+                patches = patches.transpose(1, 2).unflatten(2, self.grid)
+            outs.append((patches, stream[:, list(last.cls)]) if return_prefix_tokens else patches)
+        return outs if intermediates_only else (last.x, outs)
+
+
+class Taker(Seams):
+    """Keeps the stream after chosen blocks."""
+
+    def __init__(self, wanted: list[int]):
+        self.wanted = set(wanted)
+        self.found: dict[int, tuple[Tensor, Tokens]] = {}
+
+    def block(self, tokens, i, run):
+        tokens = run(tokens)
+        if i in self.wanted:
+            self.found[i] = tokens.stream, tokens
+        return tokens
+
+
+class Block:
+    """What seams.block gets as `run`: block i with the weights in force."""
+
+    def __init__(self, net: Vim, layer: Layer, w: Weights, i: int, seams: Seams, drop: float):
+        self.net, self.layer, self.w, self.i, self.seams, self.drop = net, layer, w, i, seams, drop
+
+    def __call__(self, tokens: Tokens) -> Tokens:
+        x = tokens.x
+        # the residual is added one block late; it stays in float32 or wider whatever autocast does
+        stream = x if tokens.residual is None else drop_path(x, self.drop) + tokens.residual
+        stream = stream if stream.dtype == torch.float64 else stream.float()
+        h = self.norm(stream)
+        y = self.seams.branch(stream, h, self.i, "mixer", self.mixer) if self.seams.acts("branch") else self.mixer(h)
+        return tokens._replace(x=y, residual=stream)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The block's own first norm, (b, l, d), in the dtype of the weights in force."""
+        return rms_norm(x, self.w["norm.weight"], self.net.norm_eps, self.w["norm.weight"].dtype)
+
+    def mixer(self, h: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, d): both directions over one projection of the normed stream."""
+        net, mod, seams = self.net, self.layer.mixer, self.seams
+        w = {name.removeprefix("mixer."): t for name, t in self.w.items() if name.startswith("mixer.")}
+        extra = seams.beside(self.i) if seams.acts("beside") else {}
+        memory = seams.memory(self.i, w) if seams.acts("memory") else None
+        if memory is not None and not isinstance(memory, Scan):
+            raise SvpError(f"block {self.i} of {net.name} holds a scan, the method gives it {type(memory).__name__}")
+        xz = beside(linear(mod.in_proj, w, "in_proj", h), h, extra, "in_proj")
+        x, z = xz.chunk(2, dim=-1)  # (b, l, e) each
+        y = directions(mod, w, x, net.scan_type, memory or Scan(), net.kernel)
+        y = y * F.silu(z)
+        y = y * 0.5 if net.divide_out else y
+        out = beside(linear(mod.out_proj, w, "out_proj", y), y, extra, "out_proj")
+        return out * w["gamma"] if "gamma" in w else out
+
+
+def directions(mod: nn.Module, w: Weights, x: Tensor, scan_type: str, memory: Scan, kernel: str) -> Tensor:
+    """x (b, l, e) -> the sum of the scans over both orders (b, l, e), before the gate."""
+    if scan_type == "none":
+        return scan_one_way(mod, w, convolved(w, x, "", memory.direction(0), False, kernel), "", "A_log", memory.direction(0),
+                            False, kernel)  # fmt: skip
+    forward = convolved(w, x, "", memory.direction(0), False, kernel)
+    y = scan_one_way(mod, w, forward, "", "A_log", memory.direction(0), False, kernel)
+    if scan_type == "v1":  # the backward scan reads the forward convolution and shares all but A
+        return y + scan_one_way(mod, w, forward, "", "A_b_log", memory.direction(1), True, kernel)
+    backward = convolved(w, x, "_b", memory.direction(1), True, kernel)
+    return y + scan_one_way(mod, w, backward, "_b", "A_b_log", memory.direction(1), True, kernel)
+
+
+def convolved(w: Weights, x: Tensor, twin: str, memory: Scan, reverse: bool, kernel: str) -> Tensor:
+    """SiLU of the causal depthwise convolution of one direction: (b, l, e) -> (b, l, e)."""
+    weight = w[f"conv1d{twin}.weight"].squeeze(1)  # (e, taps)
+    bias = w.get(f"conv1d{twin}.bias")
+    return causal_conv1d(x, weight, bias, activation="silu", past=memory.past, reverse=reverse, kernel=kernel)
+
+
+def scan_one_way(
+    mod: nn.Module, w: Weights, u: Tensor, twin: str, a_name: str, memory: Scan, reverse: bool, kernel: str
+) -> Tensor:
+    """u (b, l, e) -> scan with the input-dependent delta, B, C of one direction, plus the skip term D u."""
+    x_proj, dt_proj = getattr(mod, f"x_proj{twin}"), getattr(mod, f"dt_proj{twin}")
+    A_log = w[a_name]
+    A = -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())  # (e, n)
+    n = A.shape[1]
+    p = linear(x_proj, w, f"x_proj{twin}", u)  # (b, l, r + 2n): delta's code, B, C
+    r = p.shape[-1] - 2 * n
+    delta = linear(dt_proj, w, f"dt_proj{twin}", p[..., :r], bias=False)  # (b, l, e)
+    delta_bias = w.get(f"dt_proj{twin}.bias") if is_plain(dt_proj) else None
+    return selective_scan(
+        u, delta, A, p[..., r : r + n], p[..., r + n :], w["D" + twin], delta_bias=delta_bias, delta_softplus=True,
+        h0=memory.h0, offset=memory.offset, bias=memory.bias, reverse=reverse, kernel=kernel,
+    )  # fmt: skip
+
+
+# -- modules that hold the published tensors under the published names -------------------------------------------------
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, embed_dim: int, patch_size: int, stride: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride)
+
+
+class Norm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Layer(nn.Module):
+    def __init__(self, embed_dim: int, **sizes: Any):
+        super().__init__()
+        self.mixer = Mixer(embed_dim, **sizes)
+        self.norm = Norm(embed_dim)
+
+
+class Mixer(nn.Module):
+    """The tensors of one bidirectional Mamba block; the arithmetic is `Block.mixer`."""
+
+    def __init__(
+        self, d: int, *, d_state: int, d_conv: int, expand: int, dt_rank: int | None, scan_type: str,
+        layer_scale: float | None, bias: bool, conv_bias: bool,
+    ):  # fmt: skip
+        super().__init__()
+        e, r = expand * d, dt_rank or math.ceil(d / 16)
+        self.in_proj = nn.Linear(d, 2 * e, bias=bias)
+        for twin in ("", "_b") if scan_type == "v2" else ("",):
+            setattr(self, f"conv1d{twin}", nn.Conv1d(e, e, d_conv, groups=e, padding=d_conv - 1, bias=conv_bias))
+            setattr(self, f"x_proj{twin}", nn.Linear(e, r + 2 * d_state, bias=False))
+            setattr(self, f"dt_proj{twin}", nn.Linear(r, e))
+            nn.init.uniform_(getattr(self, f"dt_proj{twin}").weight, -(r**-0.5), r**-0.5)
+            setattr(self, f"D{twin}", nn.Parameter(torch.ones(e)))
+        for name in ("A_log",) if scan_type == "none" else ("A_log", "A_b_log"):
+            setattr(self, name, nn.Parameter(torch.arange(1, d_state + 1.0).log().repeat(e, 1)))
+        with torch.no_grad():  # delta starts between 0.001 and 0.1, log-uniform
+            dt = torch.exp(torch.rand(e) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.out_proj = nn.Linear(e, d, bias=bias)
+        if layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((d,), layer_scale))
+
+
+def mixer_alone(
+    mod: Mixer, x: Tensor, *, scan_type="v2", divide_out=True, kernel="auto", seams: Seams = PLAIN
+) -> Tensor:
+    """One mixer outside a network, (b, l, d) -> (b, l, d): for tests and analysis."""
+    holder = _Holder(scan_type, divide_out and scan_type == "v2", kernel)
+    layer = nn.Module()
+    layer.mixer = mod
+    w = {f"mixer.{name}": t for name, t in mod.named_parameters()}
+    if seams.acts("weights"):
+        w.update(seams.weights(w))
+    return Block(holder, layer, w, 0, seams, 0.0).mixer(x)  # type: ignore[arg-type]
+
+
+class _Holder:
+    def __init__(self, scan_type: str, divide_out: bool, kernel: str):
+        self.scan_type, self.divide_out, self.kernel, self.name = scan_type, divide_out, kernel, "mixer"
+
+
+def grid_of(img_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
+    """(h, w) patches of a picture; raises SvpError where none fits or pixels would be left over."""
+    for side in img_size:
+        if side < patch or (side - patch) % stride:
+            below = (side - patch) // stride * stride + patch if side >= patch else patch
+            near = f"{below} or {below + stride}" if side >= patch else f"{patch}"
+            raise SvpError(f"img_size is {side} pixels, patches of {patch} with stride {stride} do not fill it",
+                           f"the nearest sizes that do: {near}", kind="usage")  # fmt: skip
+    if max(img_size) > 4096:
+        tokens = ((img_size[0] - patch) // stride + 1) * ((img_size[1] - patch) // stride + 1)
+        raise SvpError(f"img_size is {max(img_size)} pixels, at most 4096 ({tokens} tokens a picture)", kind="usage")
+    h, w = ((side - patch) // stride + 1 for side in img_size)
+    return h, w
+
+
+def drop_rate(rate: float, i: int, depth: int) -> float:
+    """Stochastic depth of block i: linear from 0, shifted by one block; the last rate belongs to the add before norm_f."""
+    return 0.0 if i == 0 or depth < 2 else rate * (i - 1) / (depth - 1)
+
+
+def _indices(indices: int | list[int] | None, depth: int) -> list[int]:
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        return list(range(depth - indices, depth))
+    return [i % depth for i in indices]

@@ -1,0 +1,1 @@
+"""Papers: what is learned. One method, one file."""

@@ -1,0 +1,170 @@
+"""What every method shares: the seams, plus what is not a place: options, head, phases, loss, groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from svp.errors import SvpError
+from svp.options import build
+from svp.preprocessing import Preprocessing
+from svp.seams import Seams, Site, Stack
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training. begin(run) may look at data and change parameters, masks and options before it."""
+
+    recipe: Any
+    begin: Callable[[Any], None] | None = None
+
+
+class Method(Seams, nn.Module):
+    """How a backbone is adapted. Parameters are what is trained; buffers (maps, masks, prototypes) are saved too.
+
+    A subclass has a frozen dataclass `Options` and builds its parameters in `__init__` from the site.
+    `params_formula` and `paper` are shown by `svp list methods NAME`; `default_lr` is the learning rate of our own
+    recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """No options."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    paper: ClassVar[str] = ""
+    params_formula: ClassVar[str] = ""
+    default_lr: ClassVar[float] = 1e-2
+    known_inert: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, site: Site, opt: Any, num_classes: int):
+        super().__init__()
+        self.opt = opt
+        self.num_classes = num_classes
+
+    @classmethod
+    def unfit(cls, site: Site, opt: Any) -> str | None:
+        """Why this method cannot act on this site, or None."""
+        return None
+
+    def preprocessing(self, p: Preprocessing) -> Preprocessing:
+        """Another input size or normalisation than the backbone's."""
+        return p
+
+    def make_head(self, site: Site, num_classes: int) -> nn.Module | None:
+        """A module feature (b, d) -> logits (b, num_classes) of the method's own; None: the head asked for in `adapt`."""
+        return None
+
+    def phases(self, recipe: Any) -> list[Phase]:
+        return [Phase(recipe)]
+
+    def start_epoch(self, run: Any, epoch: int) -> None:
+        """Before each epoch: label maps."""
+
+    def loss(self, model: nn.Module, images: Tensor, target: Tensor, criterion: Callable) -> Tensor:
+        return criterion(model(images), target)
+
+    def after_step(self) -> None:
+        """After each step: clamps."""
+
+    def groups(self) -> dict[str, dict[str, float]]:
+        """{name pattern: dict(lr=, lr_scale=, decay=, decay_scale=, clip=)} for tensors with a rule of their own."""
+        return {}
+
+    def merged(self, weights: dict[str, Tensor], plain: Seams) -> dict[str, Tensor] | None:
+        """The tensors of a plain backbone that acts the same, or None when there is none."""
+        only_weights = not any(self.acts(seam) for seam in ("network", "block", "branch", "beside", "memory"))
+        return {**weights, **self.weights(weights)} if only_weights else None
+
+
+def options_of(cls: type[Method], values: dict[str, Any], name: str) -> Any:
+    """The method's Options from a preset and plain values; what is given besides the preset wins."""
+    values = dict(values)
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in cls.PRESETS:
+        known = ", ".join(cls.PRESETS) or "none"
+        raise SvpError(f"method {name} has no preset '{preset}'", f"its presets: {known}", kind="usage")
+    return build(cls.Options, {**cls.PRESETS.get(preset, {}), **values}, f"method {name}", f"svp list methods {name}")
+
+
+class Several(Method):
+    """Methods that act together: `svp+lora`. Wrappers nest in the order given (the first is outermost)."""
+
+    def __init__(self, parts: Sequence[tuple[str, Method]]):
+        nn.Module.__init__(self)
+        self.names = tuple(name for name, _ in parts)
+        self.opt = {name: dataclasses.asdict(part.opt) for name, part in parts}
+        self.num_classes = parts[0][1].num_classes
+        self.parts = nn.ModuleDict(parts)
+        self.stack = Stack([part for _, part in parts])
+
+    def acts(self, seam):
+        return self.stack.acts(seam)
+
+    def network(self, images, run):
+        return self.stack.network(images, run)
+
+    def block(self, tokens, i, run):
+        return self.stack.block(tokens, i, run)
+
+    def branch(self, x, h, i, kind, run):
+        return self.stack.branch(x, h, i, kind, run)
+
+    def weights(self, w):
+        return self.stack.weights(w)
+
+    def beside(self, i):
+        return self.stack.beside(i)
+
+    def memory(self, i, w):
+        return self.stack.memory(i, w)
+
+    def preprocessing(self, p):
+        for part in self.parts.values():
+            p = part.preprocessing(p)
+        return p
+
+    def make_head(self, site, num_classes):
+        heads = [(name, h) for name, part in self.parts.items() if (h := part.make_head(site, num_classes)) is not None]
+        if len(heads) > 1:
+            raise SvpError(f"{' and '.join(n for n, _ in heads)} both bring a head of their own", kind="usage")
+        return heads[0][1] if heads else None
+
+    def phases(self, recipe):
+        busy = [(name, part) for name, part in self.parts.items() if type(part).phases is not Method.phases]
+        if len(busy) > 1:
+            raise SvpError(f"{' and '.join(n for n, _ in busy)} both train in phases of their own", kind="usage")
+        return busy[0][1].phases(recipe) if busy else [Phase(recipe)]
+
+    def start_epoch(self, run, epoch):
+        for part in self.parts.values():
+            part.start_epoch(run, epoch)
+
+    def loss(self, model, images, target, criterion):
+        own = [part for part in self.parts.values() if type(part).loss is not Method.loss]
+        return own[0].loss(model, images, target, criterion) if own else criterion(model(images), target)
+
+    def after_step(self):
+        for part in self.parts.values():
+            part.after_step()
+
+    def groups(self):
+        return {f"parts.{n}.{key}": rule for n, part in self.parts.items() for key, rule in part.groups().items()}
+
+
+def fresh_linear(d_in: int, d_out: int, bias: bool = True, init: str = "torch") -> nn.Linear:
+    """A linear layer started as the source says: "torch" (its default), "zero" (weight and bias 0), "trunc02" (std 0.02, bias 0)."""
+    layer = nn.Linear(d_in, d_out, bias=bias)
+    with torch.no_grad():
+        if init == "zero":
+            layer.weight.zero_()
+        elif init == "trunc02":
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+        if init != "torch" and bias:
+            layer.bias.zero_()
+    return layer
