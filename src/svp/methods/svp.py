@@ -178,8 +178,32 @@ class SVP(Method):
         second = second if inner is None else second + inner[:, half:]
         return torch.cat([prompt, second], dim=1)
 
+    def groups(self):
+        """The released code keeps all scales in two 2-d tensors, which its weight decay reaches: so ours are decayed too."""
+        return {"alpha.*": {"decay_scale": 1.0}, "beta.*": {"decay_scale": 1.0}}
+
     def scaled(self, scales: nn.ParameterDict, key: int, p: Tensor) -> Tensor:
         return p if self.opt.scale_kind == "none" else scales[str(key)] * p
+
+
+def from_published(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Tensors under the released code's names -> under ours; prompt_scale always has 24 rows there, ours has `depth`.
+
+    Heads are left alone: `head.weight` or `head.0.weight` … are not the method's.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        if name == "prompt_scale":
+            ours |= {f"beta.{i}": t[i] for i in range(depth)}
+        elif name == "prompt_shared_scale":
+            ours |= {f"alpha.{g}": row for g, row in enumerate(t)}
+        elif name.startswith("prompt_generator_shared."):
+            _, g, _, leaf = name.split(".")
+            ours[f"cross.{g}.proj.{leaf}"] = t
+        elif name.startswith("prompt_generator."):
+            _, i, part, leaf = name.split(".")
+            ours[f"inner.{i}.{('down', 'up')[int(part)]}.{leaf}"] = t
+    return ours
 
 
 class Generator(nn.Module):
