@@ -209,7 +209,9 @@ def linear(module: nn.Module, w: Weights, name: str, x: Tensor, bias: bool = Tru
     whatever `bias` says). A weight cannot be replaced by a method and wrapped by somebody else at once: SvpError.
     """
     if is_plain(module):
-        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias") if bias else None)
+        # as one matrix: how torch multiplies three axes depends on what requires a gradient, and with it the last bit
+        y = F.linear(x.flatten(0, -2), w[f"{name}.weight"], w.get(f"{name}.bias") if bias else None)
+        return y.unflatten(0, x.shape[:-1])
     own = dict(module.named_parameters()).get("weight")
     in_force = w.get(f"{name}.weight")
     if own is not None and in_force is not None and in_force.data_ptr() != own.data_ptr():
