@@ -308,6 +308,7 @@ def adapt(
         torch.manual_seed(seed)
         parts = [(name, _build(name, values, site, num_classes)) for name, values in specs]
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
+        torch.manual_seed(seed)  # again: a head's start values are the same whatever the method drew
         own = joined.make_head(site, num_classes)
         made = own if own is not None else _head(head, backbone.num_features, num_classes)
     head_name = "method" if own is not None else head if isinstance(head, str) else "module"

@@ -6,6 +6,7 @@ import argparse
 import json
 import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -124,7 +125,8 @@ def _read_pickle(path: Path, trust_pickle: bool, ema: bool) -> Checkpoint:
     import pickle
 
     try:
-        with torch.serialization.safe_globals(SAFE):
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
             content = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as err:
         names = _unsafe_globals(path)
