@@ -1,0 +1,56 @@
+// The plain C interface: raw pointers in, 0 or an error number out; the level is chosen once and can be forced.
+#include "kernels.h"
+
+using namespace svp;
+
+#define SVP_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int ABI = 1;  // python's native.py must agree
+
+bool has(int level) {
+#if defined(SVP_HAS_LEVEL_2)
+  if (level == 2)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(SVP_HAS_LEVEL_1)
+  if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return level == 0;
+}
+
+int best() {
+#if defined(SVP_HAS_LEVEL_1)
+  __builtin_cpu_init();  // this runs before main
+#endif
+  return has(2) ? 2 : has(1) ? 1 : 0;
+}
+
+int current = best();
+
+Level functions() {
+#if defined(SVP_HAS_LEVEL_2)
+  if (current == 2) return {level_2::scan_forward, level_2::scan_backward, level_2::conv_forward, level_2::conv_backward};
+#endif
+#if defined(SVP_HAS_LEVEL_1)
+  if (current == 1) return {level_1::scan_forward, level_1::scan_backward, level_1::conv_forward, level_1::conv_backward};
+#endif
+  return {level_0::scan_forward, level_0::scan_backward, level_0::conv_forward, level_0::conv_backward};
+}
+
+}  // namespace
+
+SVP_API int svp_abi() { return ABI; }
+SVP_API int svp_isa() { return current; }
+SVP_API int svp_set_isa(int level) {
+  if (!has(level)) return 1;
+  current = level;
+  return 0;
+}
+
+SVP_API int svp_scan_forward(const ScanForward* a) { return functions().scan_forward(*a); }
+SVP_API int svp_scan_backward(const ScanBackward* a) { return functions().scan_backward(*a); }
+SVP_API int svp_conv_forward(const Conv* a) { return functions().conv_forward(*a); }
+SVP_API int svp_conv_backward(const Conv* a) { return functions().conv_backward(*a); }

@@ -1,0 +1,68 @@
+// Tasks over threads: libgomp on Linux (the one torch has mapped), std::thread elsewhere. A task's result never depends
+// on which thread runs it.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#ifndef _OPENMP
+#include <atomic>
+#include <thread>
+#include <vector>
+#endif
+
+namespace svp {
+
+// 64-byte aligned floats for one thread; null when memory is out.
+struct Scratch {
+  float* data;
+  explicit Scratch(int64_t count) {
+    void* p = nullptr;
+    data = posix_memalign(&p, 64, static_cast<size_t>(count) * sizeof(float)) == 0 ? static_cast<float*>(p) : nullptr;
+  }
+  ~Scratch() { free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+constexpr int OUT_OF_MEMORY = 1;
+
+// Runs work(task, scratch) for every task; each thread has `floats` of scratch. Returns 0 or OUT_OF_MEMORY.
+template <typename Work>
+int parallel(int64_t tasks, int threads, int64_t floats, Work work) {
+  int failed = 0;
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    Scratch scratch(floats);
+    if (!scratch.data) return OUT_OF_MEMORY;
+    for (int64_t task = 0; task < tasks; ++task) work(task, scratch.data);
+    return 0;
+  }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    Scratch scratch(floats);
+    if (!scratch.data) failed = OUT_OF_MEMORY;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task)
+      if (scratch.data) work(task, scratch.data);
+  }
+#else
+  std::atomic<int64_t> next{0};
+  std::atomic<int> out{0};
+  auto run = [&] {
+    Scratch scratch(floats);
+    if (!scratch.data) {
+      out = OUT_OF_MEMORY;
+      return;
+    }
+    for (int64_t task; (task = next++) < tasks;) work(task, scratch.data);
+  };
+  std::vector<std::thread> team;
+  for (int i = 1; i < threads; ++i) team.emplace_back(run);
+  run();
+  for (auto& member : team) member.join();
+  failed = out;
+#endif
+  return failed;
+}
+
+}  // namespace svp
