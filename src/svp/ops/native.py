@@ -53,7 +53,9 @@ def set_isa(level: str) -> None:
     if library is None:
         raise SvpError(f"the level {level!r} cannot be chosen: {reason}", "svp doctor", kind="env")
     if level not in LEVELS or library.svp_set_isa(LEVELS.index(level)) != 0:
-        raise SvpError(f"the instruction-set level {level!r} is not to be had here", f"one of {', '.join(levels())}", kind="env")
+        raise SvpError(
+            f"the instruction-set level {level!r} is not to be had here", f"one of {', '.join(levels())}", kind="env"
+        )
 
 
 def levels() -> list[str]:

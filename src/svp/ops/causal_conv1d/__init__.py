@@ -39,7 +39,9 @@ def causal_conv1d(
     Source: repository Dao-AILab/causal-conv1d, causal_conv1d_ref.
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        raise SvpError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}, expected x (b, l, e) and weight (e, taps)")
+        raise SvpError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}, expected x (b, l, e) and weight (e, taps)"
+        )
     b, _, e = x.shape
     if activation not in (None, "silu", "swish"):
         raise SvpError(f"activation is {activation!r}, expected None or 'silu'", kind="usage")

@@ -61,7 +61,11 @@ def backward(dy, x, weight, bias, past, silu, reverse, needs):
     _run("svp_conv_backward", args)
     del alive
     none = x.new_empty(0)
-    return dx, none if dweight is None else dweight.sum(0), none if dpast is None else dpast.transpose(1, 2).contiguous()
+    return (
+        dx,
+        none if dweight is None else dweight.sum(0),
+        none if dpast is None else dpast.transpose(1, 2).contiguous(),
+    )
 
 
 def _keep(ctx, inputs, output):
@@ -83,7 +87,9 @@ def _derivative(ctx, dy):
 
 
 def _no_second(ctx, *grads):
-    raise SvpError("second derivatives of the convolution are not offered by the C++ kernel", 'kernel="reference" has them')
+    raise SvpError(
+        "second derivatives of the convolution are not offered by the C++ kernel", 'kernel="reference" has them'
+    )
 
 
 register_autograd("svp::conv_cpu", _derivative, setup_context=_keep, lib=LIB)

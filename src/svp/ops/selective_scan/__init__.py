@@ -107,8 +107,15 @@ def _check(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias) -> None:
     for name, t in (("B", B), ("C", C)):
         fits = t.shape == (e, n) if t.dim() == 2 else t.dim() == 4 and t.shape[:2] == (b, l) and t.shape[3] == n
         if not fits or (t.dim() == 4 and e % t.shape[2]):
-            raise SvpError(f"{name} is {tuple(t.shape)}, expected ({b}, {l}, {n}), ({b}, {l}, g, {n}) with g a divisor of {e}, or ({e}, {n})")
-    for name, t, shape in (("D", D, (e,)), ("delta_bias", delta_bias, (e,)), ("bias", bias, (e,)), ("offset", offset, (e, n))):
+            raise SvpError(
+                f"{name} is {tuple(t.shape)}, expected ({b}, {l}, {n}), ({b}, {l}, g, {n}) with g a divisor of {e}, or ({e}, {n})"
+            )
+    for name, t, shape in (
+        ("D", D, (e,)),
+        ("delta_bias", delta_bias, (e,)),
+        ("bias", bias, (e,)),
+        ("offset", offset, (e, n)),
+    ):
         if t is not None and t.shape != shape:
             raise SvpError(f"{name} is {tuple(t.shape)}, expected {shape}")
     if h0 is not None and h0.shape not in ((1, e, n), (b, e, n)):

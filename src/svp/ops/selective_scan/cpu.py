@@ -36,7 +36,9 @@ def scan(
     """As the reference. The kernel runs the recurrence; read-out offset, bias and gate are products and sums around it."""
     wide = torch.float32
     b, l, _ = u.shape
-    B, C = (t.expand(b, l, *t.shape) if t.dim() == 2 else t for t in (B, C))  # constants: a group of its own each channel
+    B, C = (
+        t.expand(b, l, *t.shape) if t.dim() == 2 else t for t in (B, C)
+    )  # constants: a group of its own each channel
     if B.shape[2] != C.shape[2]:
         g = max(B.shape[2], C.shape[2])
         B, C = (t.repeat_interleave(g // t.shape[2], dim=2) for t in (B, C))

@@ -22,7 +22,9 @@ def scan(
     e, n = A.shape
     B, C = per_token(B, u, e, n), per_token(C, u, e, n)
     h = A.new_zeros(len(u), e, n) if h0 is None else h0.to(A.dtype).expand(len(u), e, n)
-    steps = zip(delta.unbind(1), (delta * u32).unbind(1), B, C, strict=True)  # unbind: indexing costs a full zero tensor a step
+    steps = zip(
+        delta.unbind(1), (delta * u32).unbind(1), B, C, strict=True
+    )  # unbind: indexing costs a full zero tensor a step
     y = []
     for d, du, b, c in reversed(list(steps)) if reverse else steps:
         forget = torch.exp(d[:, :, None] * A)  # (b, e, n)
