@@ -1,0 +1,171 @@
+"""What a model scores on a split: accuracy, per class, confusion, top-5, calibration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svp.errors import SvpError
+from svp.training.feed import Batch, evaluation_feed, my_batches, prepared
+from svp.training.machine import Amp, Team, autocast, default_workers, device_named, precision
+
+if TYPE_CHECKING:
+    from svp.data.splits import Splits
+    from svp.model import AdaptedModel
+
+BINS = 15  # of the calibration error
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one split; fractions in 0…1. A class without pictures has accuracy nan and is left out of the mean.
+
+    confusion       (C, C) pictures of class i labelled j
+    probabilities   (n, C); labels (n,), in the order of the split
+    ece             expected calibration error: |accuracy - confidence| over 15 equal bins, weighted by pictures
+    """
+
+    split: str
+    classes: tuple[str, ...]
+    accuracy: float
+    top5: float
+    mean_class_accuracy: float
+    per_class: np.ndarray
+    confusion: np.ndarray
+    ece: float
+    loss: float
+    probabilities: np.ndarray = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
+
+def evaluate(
+    model: AdaptedModel,
+    data: Splits | str | os.PathLike,
+    split: str = "test",
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    amp: Amp = "auto",
+    workers: int | None = None,
+) -> Evaluation:
+    """Measure a model on one split of a source ("train" is shown as in evaluation, too).
+
+    Raises SvpError when there is no such split, or its classes are not the model's.
+    """
+    from svp.data.sources import open_data
+
+    splits = open_data(data) if isinstance(data, (str, os.PathLike)) else data
+    place = device_named(device)
+    order = class_order(model, splits)
+    chosen = splits.split(split)
+    model.to(place)
+    feed = evaluation_feed(
+        chosen,
+        prepared(model.preprocessing, splits),
+        place,
+        default_workers(place) if workers is None else workers,
+    )
+    used = precision(amp, None, place)
+    logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)
+    return score(logits, order[labels], tuple(model.classes or splits.classes), split)
+
+
+def class_order(model: AdaptedModel, data: Splits) -> np.ndarray:
+    """The model's class index of each of the source's; raises SvpError when their names differ."""
+    names = tuple(model.classes or data.classes)
+    if model.num_classes != len(data.classes) or set(names) != set(data.classes):
+        strange = [name for name in data.classes if name not in names][:3]
+        more = f", for example {', '.join(strange)}" if strange else ""
+        raise SvpError(
+            f"the model knows {model.num_classes} classes, {data.source} has {len(data.classes)}{more}",
+            "give the source that it was trained on, or train a model for this one", "data",
+        )  # fmt: skip
+    return np.array([names.index(name) for name in data.classes])
+
+
+@torch.no_grad()
+def predictions(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    team: Team,
+    device: torch.device,
+    amp: str = "off",
+    forward: Callable[[Tensor], Tensor] | None = None,
+    between: Callable[[], Any] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (n, C), float32 or wider, and labels (n,) of all processes' batches, ordered by index.
+
+    The model is in evaluation mode inside. forward turns a batch into logits (default: the model); between is called
+    before each batch.
+    """
+    training, rows = model.training, []
+    model.eval()
+    try:
+        for images, labels, index in batches:
+            between()
+            with autocast(device, amp):
+                logits = (forward or model)(images)
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            rows.append((index.cpu().numpy(), labels.cpu().numpy(), wide.cpu().numpy()))
+    finally:
+        model.train(training)
+    rows = [row for part in team.gather(rows) for row in part]
+    place, truth, found = (np.concatenate(column) for column in zip(*rows, strict=True))
+    order = np.argsort(place, kind="stable")
+    return found[order], truth[order]
+
+
+def score(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], split: str) -> Evaluation:
+    """All scores from logits (n, C) and labels (n,): sums over pictures, never means of means."""
+    wide = torch.from_numpy(logits).double()
+    probabilities = wide.softmax(-1).numpy()
+    guess = logits.argmax(-1)
+    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(confusion, (labels, guess), 1)
+    shown = confusion.sum(1)
+    per_class = np.divide(np.diag(confusion), shown, out=np.full(len(classes), np.nan), where=shown > 0)
+    best = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
+    return Evaluation(
+        split, classes,
+        accuracy=float((guess == labels).mean()),
+        top5=float((best == labels[:, None]).any(-1).mean()),
+        mean_class_accuracy=float(np.nanmean(per_class)),
+        per_class=per_class,
+        confusion=confusion,
+        ece=calibration_error(probabilities.max(-1), guess == labels),
+        loss=float(torch.nn.functional.cross_entropy(wide, torch.from_numpy(labels)).item()),
+        probabilities=probabilities,
+        labels=labels,
+    )  # fmt: skip
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """sum over bins of |right - confidence| / n; bin k holds (k / bins, (k + 1) / bins]."""
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(which, right.astype(float) - confidence, bins)
+    return float(np.abs(gap).sum() / len(right))
+
+
+def raw_pixel_baseline(data: Splits, split: str = "test") -> float | None:
+    """Accuracy of a plain logistic regression on the raw pixel values, where a source is small enough to have them.
+
+    scikit-learn's LogisticRegression on values scaled by StandardScaler, C = 1, at most 1,000 iterations, fitted on train.
+    """
+    if data.pixels is None:
+        return None
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*data.pixels("train"))
+    return float(fitted.score(*data.pixels(split)))

@@ -1,0 +1,161 @@
+"""Which pictures a model is shown, in which order and batches; the same for any number of workers and processes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from svp.data.splits import Split, Splits
+from svp.data.transforms import Pictures, eval_transform, train_transform
+from svp.preprocessing import Preprocessing
+from svp.training.machine import Team
+from svp.training.recipe import Recipe
+
+Batch = tuple[Tensor, Tensor, Tensor]  # images (b, 3, H, W), labels (b,), index in the split (b,)
+
+
+def prepared(p: Preprocessing, data: Splits) -> Preprocessing:
+    """A model's preprocessing as this source and its protocol want it; saved with the model, so that predict agrees."""
+    if data.resize == "exact":
+        return p.but(exact=True)
+    ratio = data.protocol.resize_ratio
+    return p if ratio is None else p.but(resize=int(max(p.crop) / ratio))
+
+
+def batches_of(order: Tensor, size: int, drop_last: bool = False) -> list[Tensor]:
+    """Indices (n,) in consecutive batches of `size`."""
+    found = list(order.split(size))
+    return found[:-1] if drop_last and found and len(found[-1]) < size else found
+
+
+def training_order(count: int, recipe: Recipe, *seeds: int) -> list[list[Tensor]]:
+    """The steps of an epoch, each a list of forward batches of indices. Depends on the seeds alone."""
+    generator = torch.Generator().manual_seed(mixed_seed(*seeds))
+    order = torch.randperm(count, generator=generator)
+    steps = batches_of(order, recipe.step_size, recipe.drop_last)
+    return [batches_of(step, recipe.batch_size) for step in steps]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed from several numbers, unrelated for neighbours."""
+    import hashlib
+
+    text = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+class seeded:
+    """Python's, numpy's and torch's generators seeded from numbers inside, and as they were after (not those of GPUs).
+
+    torch's own manual_seed is avoided: without a GPU it formats a stack trace for the day that one appears, 0.9 ms.
+    """
+
+    def __init__(self, *numbers: int):
+        self.seed = mixed_seed(*numbers)
+
+    def __enter__(self) -> None:
+        self.before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        torch.default_generator.manual_seed(self.seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(self.seed)
+        elif torch.backends.mps.is_available():
+            torch.mps.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        python, numpy_state, torch_state = self.before
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+class Feed:
+    """Batches of one split through one transform. Workers are kept for the next epoch.
+
+    seed   what is random in the transform follows from (seed, epoch, index); None: nothing is
+    """
+
+    def __init__(self, pictures: Pictures, device: torch.device, workers: int = 0, seed: int | None = None):
+        self.device, self.order = device, _Order()
+        self.workers = min(workers, len(pictures))
+        self.loader: DataLoader = DataLoader(
+            _Shown(pictures, seed), batch_sampler=self.order, num_workers=self.workers, persistent_workers=self.workers > 0,
+            pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    def __call__(self, batches: Sequence[Tensor], epoch: int = 0) -> Iterator[Batch]:
+        """The batches with these indices, in this order, on the device."""
+        self.order.items = [[(epoch, int(i)) for i in batch] for batch in batches]
+        for batch in self.loader:
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)  # type: ignore[misc]
+
+
+class FeatureFeed:
+    """The same for a frozen network: its features are computed once, then served instead of pictures."""
+
+    def __init__(self, features: Tensor, labels: Tensor):
+        self.features, self.labels = features, labels
+
+    def __call__(self, batches: Sequence[Tensor], epoch: int = 0) -> Iterator[Batch]:
+        for batch in batches:
+            index = batch.to(self.features.device)
+            yield self.features[index], self.labels[index], index
+
+
+def training_feed(
+    data: Splits, p: Preprocessing, recipe: Recipe, seed: int, device: torch.device, workers: int
+) -> Feed:
+    """The training split, augmented as the recipe says."""
+    transform = train_transform(p, recipe.augmentation(), data.may_flip, p.exact)
+    return Feed(Pictures(data.train, transform), device, workers, seed if is_random(data, p, recipe) else None)
+
+
+def evaluation_feed(split: Split, p: Preprocessing, device: torch.device, workers: int = 0) -> Feed:
+    return Feed(Pictures(split, eval_transform(p, p.exact)), device, workers)
+
+
+def is_random(data: Splits, p: Preprocessing, recipe: Recipe) -> bool:
+    """Whether chance touches the training pictures before they are batched."""
+    return recipe.augmentation().is_random and not (p.exact and recipe.augment == "crop")
+
+
+def my_batches(count: int, size: int, team: Team) -> list[Tensor]:
+    """All of a split in order, this process's batches of it."""
+    return batches_of(torch.arange(count), size)[team.rank :: team.size]
+
+
+class _Order:
+    """A batch sampler whose batches are set anew before each pass."""
+
+    items: Sequence[Any] = ()
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+
+class _Shown(torch.utils.data.Dataset):
+    """Pictures asked for by (epoch, index), so that workers kept from the last epoch know the new one."""
+
+    def __init__(self, pictures: Pictures, seed: int | None):
+        self.pictures, self.seed = pictures, seed
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        if self.seed is None:
+            return self.pictures[index]
+        picture = self.pictures.picture(index)
+        with seeded(self.seed, epoch, index):
+            return self.pictures.transform(picture), int(self.pictures.split.labels[index]), index

@@ -1,0 +1,1 @@
+"""Named recipes: one file of rows for each source."""
