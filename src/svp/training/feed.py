@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from svp.data.splits import Split, Splits
-from svp.data.transforms import Pictures, eval_transform, train_transform
+from svp.data.transforms import Pictures, eval_transform, seeded, train_transform
 from svp.preprocessing import Preprocessing
 from svp.training.machine import Team
 from svp.training.recipe import Recipe
@@ -50,43 +49,26 @@ def mixed_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
 
 
-class seeded:
-    """Python's, numpy's and torch's generators seeded from numbers inside, and as they were after (not those of GPUs).
-
-    torch's own manual_seed is avoided: without a GPU it formats a stack trace for the day that one appears, 0.9 ms.
-    """
-
-    def __init__(self, *numbers: int):
-        self.seed = mixed_seed(*numbers)
-
-    def __enter__(self) -> None:
-        self.before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        torch.default_generator.manual_seed(self.seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(self.seed)
-        elif torch.backends.mps.is_available():
-            torch.mps.manual_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        python, numpy_state, torch_state = self.before
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
+@contextlib.contextmanager
+def chance(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Every random generator follows from the numbers inside; afterwards those of the CPU are as they were."""
+    number = mixed_seed(*numbers)
+    with seeded(number):
+        if device.type == "cuda":
+            torch.cuda.manual_seed(number)
+        elif device.type == "mps":
+            torch.mps.manual_seed(number)
+        yield
 
 
 class Feed:
-    """Batches of one split through one transform. Workers are kept for the next epoch.
+    """Batches of one split through one transform. Workers are kept for the next epoch."""
 
-    seed   what is random in the transform follows from (seed, epoch, index); None: nothing is
-    """
-
-    def __init__(self, pictures: Pictures, device: torch.device, workers: int = 0, seed: int | None = None):
+    def __init__(self, pictures: Pictures, device: torch.device, workers: int = 0):
         self.device, self.order = device, _Order()
         self.workers = min(workers, len(pictures))
         self.loader: DataLoader = DataLoader(
-            _Shown(pictures, seed), batch_sampler=self.order, num_workers=self.workers, persistent_workers=self.workers > 0,
+            _Dated(pictures), batch_sampler=self.order, num_workers=self.workers, persistent_workers=self.workers > 0,
             pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
 
@@ -114,7 +96,7 @@ def training_feed(
 ) -> Feed:
     """The training split, augmented as the recipe says."""
     transform = train_transform(p, recipe.augmentation(), data.may_flip, p.exact)
-    return Feed(Pictures(data.train, transform), device, workers, seed if is_random(data, p, recipe) else None)
+    return Feed(Pictures(data.train, transform, seed), device, workers)
 
 
 def evaluation_feed(split: Split, p: Preprocessing, device: torch.device, workers: int = 0) -> Feed:
@@ -123,7 +105,8 @@ def evaluation_feed(split: Split, p: Preprocessing, device: torch.device, worker
 
 def is_random(data: Splits, p: Preprocessing, recipe: Recipe) -> bool:
     """Whether chance touches the training pictures before they are batched."""
-    return recipe.augmentation().is_random and not (p.exact and recipe.augment == "crop")
+    transform = train_transform(p, recipe.augmentation(), data.may_flip, p.exact)
+    return getattr(transform, "is_random", True)
 
 
 def my_batches(count: int, size: int, team: Team) -> list[Tensor]:
@@ -143,19 +126,16 @@ class _Order:
         return len(self.items)
 
 
-class _Shown(torch.utils.data.Dataset):
+class _Dated(torch.utils.data.Dataset):
     """Pictures asked for by (epoch, index), so that workers kept from the last epoch know the new one."""
 
-    def __init__(self, pictures: Pictures, seed: int | None):
-        self.pictures, self.seed = pictures, seed
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, key):
         epoch, index = key
-        if self.seed is None:
-            return self.pictures[index]
-        picture = self.pictures.picture(index)
-        with seeded(self.seed, epoch, index):
-            return self.pictures.transform(picture), int(self.pictures.split.labels[index]), index
+        self.pictures.set_epoch(epoch)
+        return self.pictures[index]

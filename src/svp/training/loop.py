@@ -30,12 +30,12 @@ from svp.training.evaluate import Evaluation, class_order, predictions, score
 from svp.training.feed import (
     FeatureFeed,
     Feed,
+    chance,
     evaluation_feed,
     is_random,
     mixed_seed,
     my_batches,
     prepared,
-    seeded,
     training_feed,
     training_order,
 )
@@ -197,7 +197,7 @@ class Training:
         p.epoch = epoch
         if p.step == 0:
             p.loss, p.correct, p.seen = 0.0, 0, 0
-            with seeded(self.seed, p.phase, epoch):
+            with chance(self.device, self.seed, p.phase, epoch):
                 self.method.start_epoch(self.handle, epoch)
         steps = training_order(len(self.data.train), self.recipe, self.seed, p.phase, epoch)
         mine = [[self.my_part(batch) for batch in step] for step in steps[p.step :]]
@@ -206,7 +206,7 @@ class Training:
         started, before = time.monotonic(), p.images
         for step in steps[p.step :]:
             lr = self.set_lr(epoch * len(steps) + p.step, len(steps))
-            with seeded(self.seed, p.phase, epoch, p.step, self.team.rank):
+            with chance(self.device, self.seed, p.phase, epoch, p.step, self.team.rank):
                 loss = self.train_step(flow, step, lr)
             p.step += 1
             p.total_steps += 1
@@ -404,7 +404,7 @@ class Training:
         if entry is not None:
             self.model.load_state_dict(entry)
         self.entries[index] = checkpoint.clone(self.model.state_dict())
-        with seeded(self.seed, index):
+        with chance(self.device, self.seed, index):
             phase.begin(self.handle)
         self.model.specs = [(name, opt) for (name, _), opt in zip(self.model.specs, _options(self.method), strict=True)]
         self.model.probe(self.seed)
