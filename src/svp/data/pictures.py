@@ -4,152 +4,260 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
+import threading
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from svp.errors import SvpError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: a larger header is taken for a decompression bomb
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".avif",
-    ".apng", ".jfif",
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".tga",
+    ".jfif", ".jp2", ".apng",
 )  # fmt: skip
-FOREIGN = {  # kinds that are not decoded, by how their files begin
-    b"%PDF": "a PDF document", b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing or XML file", b"<!DOC": "a web page",
-    b"<html": "a web page", b"II*\x00\x10\x00\x00\x00CR": "a RAW photograph", b"FUJIFILM": "a RAW photograph",
+RAW = (".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef", ".srw")
+FOREIGN_EXTENSIONS = (
+    ".heic",
+    ".heif",
+    ".svg",
+    ".pdf",
+    ".psd",
+    ".eps",
+    *RAW,
+)  # pictures, but not read: named, not ignored
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+STARTS = {  # how files begin that are no picture here; compared without regard to case
+    b"%pdf": "a PDF document", b"<svg": "an SVG drawing", b"<!doctype svg": "an SVG drawing", b"<!doctype": "a web page",
+    b"<html": "a web page", b"8bps": "a Photoshop file", b"%!ps": "a PostScript file", b"pk\x03\x04": "a ZIP archive",
+    b"fujifilmccd-raw": "a RAW photograph", b"iiu\x00": "a RAW photograph", b"iiro": "a RAW photograph",
+    b"version https://git-lfs": "a Git LFS pointer, the picture itself was not fetched",
 }  # fmt: skip
-FOREIGN_EXTENSIONS = {
-    ".heic": "HEIC", ".heif": "HEIC", ".svg": "SVG", ".pdf": "PDF", ".cr2": "RAW", ".nef": "RAW", ".arw": "RAW",
-    ".dng": "RAW", ".raf": "RAW", ".psd": "Photoshop",
+TIFF_STARTS = (b"II*\x00", b"MM\x00*")
+MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", **dict.fromkeys(TIFF_STARTS, "TIFF")}
+CONVERT = "convert it to PNG or JPEG"
+SKIP = "remove it, or leave bad pictures out with --on-bad-image skip"
+UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a picture's header says: upright size, and in words what reading it will change."""
+
+    width: int
+    height: int
+    changes: tuple[str, ...] = ()
 
 
 def read_picture(source: str | os.PathLike | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A file's path, or encoded bytes with a name for messages -> upright RGB picture, 8 bits a channel.
 
-    EXIF rotation is applied; transparent pixels lie on white; 16-bit values are scaled, not clipped; float values are
-    stretched between their extremes; of several frames the first is taken; the content decides, not the extension.
+    EXIF rotation is applied; transparent pixels lie on white; 16-bit values are scaled, not clipped; float and 32-bit
+    values are stretched between their extremes; of several frames the first is taken; the content decides, not the
+    extension. Colour profiles are ignored, as in the pictures that backbones were trained on.
     Raises SvpError (kind "data") naming the file when it is none, is damaged, or has more than max_pixels pixels.
     """
-    name = name or str(source if not isinstance(source, bytes) else "picture")
-    content = source if isinstance(source, bytes) else _content(Path(source), name)
-    if not content:
-        raise SvpError(f"{name} is empty (0 bytes)", SKIP, "data")
-    _refuse_foreign(content, name)
+    with _opened(source, name, max_pixels) as picture:
+        kind = picture.format
+        picture.load()
+        turn = UPRIGHT.get(_orientation(picture))
+        return to_rgb(picture if turn is None else picture.transpose(turn), kind)
+
+
+def look(source: str | os.PathLike | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Look:
+    """The header alone, without decoding; raises as `read_picture` does, but a truncated picture passes."""
+    with _opened(source, name, max_pixels) as picture:
+        orientation = _orientation(picture)
+        changes = [_mode_words(picture)]
+        changes += ["turned upright (EXIF)"] if orientation in UPRIGHT else []
+        changes += ["first of several frames"] if getattr(picture, "is_animated", False) else []
+        size = picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size
+        return Look(*size, tuple(words for words in changes if words))
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as a message can print it: line breaks and bytes that are no text are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_picture_start(start: bytes) -> bool:
+    """Whether a file's first 12 bytes are those of a common picture format."""
+    return start.startswith(tuple(MAGIC)) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(source: str | os.PathLike | bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Pillow's picture, not yet decoded; whatever goes wrong inside the block becomes a sentence with the name."""
+    name = name or (shown(source) if not isinstance(source, bytes) else "the picture")
+    limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
+    start = b""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # metadata that Pillow finds odd; damage raises
-            with Image.open(io.BytesIO(content)) as opened:
-                if opened.width * opened.height > max_pixels:
-                    raise Image.DecompressionBombError(f"{opened.width} x {opened.height}")
-                upright = _upright(_first_frame(opened))
-            return to_rgb(upright)
+        with _quiet, _stream(source, name) as stream:
+            start = stream.read(512)
+            _refuse_foreign(start, name)
+            stream.seek(0)
+            with Image.open(stream, formats=_formats()) as picture:
+                if picture.width * picture.height > limit:
+                    raise Image.DecompressionBombError(f"{picture.width * picture.height} pixels")
+                yield picture
+    except SvpError:
+        raise
     except Image.DecompressionBombError as err:
-        size = str(err).removeprefix("Image size (").split(",")[0].rstrip(")").split(" pixels")[0]
-        raise SvpError(
-            f"{name} claims {size} pixels, at most {max_pixels:,} are read", "make the picture smaller", "data"
-        ) from err
-    except Image.UnidentifiedImageError as err:
-        raise SvpError(f"{name} is not a picture: its content is of no known format", SKIP, "data") from err
+        count = int((re.findall(r"(\d+) pixels", str(err)) or ["0"])[0])
+        problem = f"{name} has {count:,} pixels by its header, at most {limit:,} are read"
+        raise SvpError(problem, "make the picture smaller, or remove it", "data") from err
+    except UnidentifiedImageError as err:
+        kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+        what = (
+            f"is damaged: it begins as {kind} but has no valid header" if kind else "is not a picture of a known format"
+        )
+        raise SvpError(f"{name} {what}", SKIP, "data") from err
     except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        IndexError,
-        EOFError,
-        MemoryError,
-        OverflowError,
-        TypeError,
-        KeyError,
-    ) as err:
+        Exception
+    ) as err:  # Pillow's plug-ins raise kinds of their own: OSError, SyntaxError, struct.error, zlib.error …
         reason = str(err).strip().split("\n")[0] or type(err).__name__
         raise SvpError(f"{name} is damaged: {reason}", SKIP, "data") from err
-    except Exception as err:  # Pillow's plug-ins raise kinds of their own (struct.error, zlib.error)
-        raise SvpError(f"{name} is damaged: {type(err).__name__}: {err}", SKIP, "data") from err
 
 
-SKIP = "remove it, or leave bad pictures out with --on-bad-image skip"
-
-
-def _content(path: Path, name: str) -> bytes:
+def _stream(source: str | os.PathLike | bytes, name: str) -> AbstractContextManager[Any]:
+    if isinstance(source, bytes):
+        if not source:
+            raise SvpError(f"{name} is empty (0 bytes)", SKIP, "data")
+        return io.BytesIO(source)
     try:
-        return path.read_bytes()
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise SvpError(f"{name} is not a regular file", "give a picture file", "data")
+        if not status.st_size:
+            raise SvpError(f"{name} is empty (0 bytes)", SKIP, "data")
+        return open(source, "rb")
+    except FileNotFoundError as err:
+        raise SvpError(f"{name} does not exist", "check the path", "data") from err
     except PermissionError as err:
         raise SvpError(f"{name} cannot be read: no permission", f"chmod u+r {name}", "data") from err
     except OSError as err:
-        raise SvpError(f"{name} cannot be read: {err.strerror or err}", "check the path", "data") from err
+        raise SvpError(f"{name[:200]} cannot be read: {err.strerror or err}", "check the path", "data") from err
 
 
-def _refuse_foreign(content: bytes, name: str) -> None:
-    head = content[:64].lstrip()
-    kind = next((words for start, words in FOREIGN.items() if head.lower().startswith(start.lower())), None)
-    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"heim", b"hevc"):
+def _refuse_foreign(start: bytes, name: str) -> None:
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    kind = next((words for begin, words in STARTS.items() if text.startswith(begin)), None)
+    if text.startswith(b"<?xml"):
+        kind = "an SVG drawing" if b"<svg" in text else "an XML file"
+    if start[4:8] == b"ftyp" and b"avif" not in start[8:32] and any(brand in start[8:32] for brand in HEIC_BRANDS):
         kind = "a HEIC photograph"
+    if start[4:12] == b"ftypcrx ":
+        kind = "a RAW photograph"
+    raw = name.lower().endswith(RAW) or start[8:10] == b"CR"
+    if raw and start.startswith(TIFF_STARTS):  # Pillow would take the small preview inside for the picture
+        kind = "a RAW photograph"
     if kind:
-        raise SvpError(f"{name} is {kind}, not a picture that is read here", "convert it to PNG or JPEG", "data")
+        raise SvpError(f"{name} is {kind}, which is not read as a picture", CONVERT, "data")
 
 
-def _first_frame(picture: Image.Image) -> Image.Image:
-    if getattr(picture, "n_frames", 1) > 1:
-        picture.seek(0)
-    picture.load()
-    return picture
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are read: Pillow knows more, among them one that starts another program (PostScript)."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _orientation(picture: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(picture) or picture
+        return int(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # a damaged EXIF block says nothing about the orientation; the pixels are whole
-        return picture
+        return 1
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode of Pillow -> RGB on white."""
-    mode = picture.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        return _wide(picture)
-    if mode == "LAB":
-        return _lab(picture)
-    if mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    elif mode in ("L", "RGB", "1") and "transparency" in picture.info:
-        picture = picture.convert("RGBA") if mode != "1" else picture.convert("L").convert("RGBA")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+class _Quiet:
+    """Pillow's warnings about odd metadata kept silent while any thread is inside; damage still raises.
+
+    `warnings.catch_warnings` alone is not safe among threads: the first to enter saves, the last to leave restores.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.saved = warnings.catch_warnings()
+                self.saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.saved.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
+# -- colours -----------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(picture: Image.Image, kind: str | None = None) -> Image.Image:
+    """Any mode of Pillow -> RGB on white; kind is the file format where it is known."""
+    if _is_wide(picture.mode):
+        return _narrowed(picture, kind)
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _wide(picture: Image.Image) -> Image.Image:
-    """16-bit grey, 32-bit integers and floats -> 8 bits, scaled; a value named transparent becomes white."""
+def _is_wide(mode: str) -> bool:
+    return mode.startswith("I;16") or mode in ("I", "F")
+
+
+def _is_stretched(mode: str, kind: str | None) -> bool:
+    return mode == "F" or (mode == "I" and kind not in ("PNG", "PPM"))  # those two scale their 16 bits themselves
+
+
+def _narrowed(picture: Image.Image, kind: str | None) -> Image.Image:
+    """16-bit grey / 257; floats and 32-bit integers between their extremes; a value named transparent becomes white."""
     values = np.asarray(picture).astype(np.float64)
     hidden = picture.info.get("transparency")
-    blank = values == hidden if isinstance(hidden, int) else None
-    if picture.mode == "F" or values.max(initial=0) > 65535 or values.min(initial=0) < 0:
-        values = _stretched(values)
-    else:
-        values = values / 257
-    grey = np.clip(np.round(values), 0, 255).astype(np.uint8)
-    if blank is not None:
-        grey[blank] = 255
-    return Image.fromarray(grey, "L").convert("RGB")
+    grey = _stretched(values) if _is_stretched(picture.mode, kind) else values / 257
+    grey = np.clip(np.round(grey), 0, 255).astype(np.uint8)
+    if isinstance(hidden, int):
+        grey[values == hidden] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    return np.nan_to_num((values - low) / (high - low) * 255) if high > low else np.zeros_like(values)
+    """Finite values from 0 to 255, the others 0; a constant picture becomes black."""
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    return np.where(finite, (np.where(finite, values, low) - low) / ((high - low) or 1.0) * 255, 0.0)
 
 
-def _lab(picture: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    change: Any = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
-    out = ImageCms.applyTransform(picture, change)
-    assert out is not None
-    return out
+def _mode_words(picture: Image.Image) -> str:
+    mode = picture.mode
+    if _is_wide(mode):
+        return "stretched from wide values" if _is_stretched(mode, picture.format) else "16-bit"
+    if picture.has_transparency_data:
+        return "laid on white (transparency)"
+    return {"RGB": "", "L": "grey", "P": "palette", "1": "1-bit"}.get(mode, mode)

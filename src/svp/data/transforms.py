@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
+import json
+import random as chance
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,13 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from svp.data.kept import LIMIT_BYTES, Kept
 from svp.data.splits import Split
+from svp.errors import SvpError
 from svp.options import option
 from svp.preprocessing import Preprocessing
 
-BICUBIC = Image.Resampling.BICUBIC
+LOOKS = 32  # pictures whose headers are read to learn how large the others are
 
 
 @dataclass(frozen=True)
@@ -43,56 +48,64 @@ class Augmentation:
 class EvalTransform:
     """Picture -> (3, H, W): resize the shorter side, centre crop, minus mean, over std; as timm's evaluation transform."""
 
+    is_random = False
+
     def __init__(self, p: Preprocessing, exact: bool = False):
         self.p, self.exact = p, exact or p.exact
+        self.filter = Image.Resampling[p.interpolation.upper()]
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
 
     def __call__(self, picture: Image.Image) -> Tensor:
+        return self.tensor(self.cropped(picture))
+
+    def cropped(self, picture: Image.Image) -> Image.Image:
+        """The pixels that the network will see, (H, W), 8 bits."""
         h, w = self.p.crop
         if self.exact:
-            return self.tensor(picture.resize((w, h), BICUBIC))
+            return picture.resize((w, h), self.filter)
         width, height = picture.size
         side = self.p.shorter_side
         if min(width, height) != side:
-            if width < height:
-                picture = picture.resize((side, int(side * height / width)), BICUBIC)
-            else:
-                picture = picture.resize((int(side * width / height), side), BICUBIC)
+            longer = int(side * max(width, height) / min(width, height))
+            size = (side, longer) if width <= height else (longer, side)
+            picture = picture.resize(size, self.filter)
         left, top = round((picture.width - w) / 2.0), round((picture.height - h) / 2.0)
-        return self.tensor(picture.crop((left, top, left + w, top + h)))
+        return picture.crop((left, top, left + w, top + h))
 
     def tensor(self, picture: Image.Image) -> Tensor:
-        values = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
-        return (values.to(torch.float32) / 255 - self.mean) / self.std
+        values = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+        return values.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 class CropTransform(EvalTransform):
-    """Picture -> (3, H, W): a random box resized to the crop, mirrored by chance; draws from Python's generator."""
+    """Picture -> (3, H, W): a random box resized to the crop, mirrored by chance."""
+
+    is_random = True
 
     def __init__(self, p: Preprocessing, a: Augmentation, flip: float):
         super().__init__(p)
         self.a, self.flip = a, flip
 
-    def __call__(self, picture):
+    def __call__(self, picture: Image.Image, generator: Any = chance) -> Tensor:
         h, w = self.p.crop
-        box = random_box(picture.width, picture.height, self.a.scale, self.a.ratio)
-        picture = picture.resize((w, h), BICUBIC, box=box)
-        if random.random() < self.flip:
+        box = random_box(picture.width, picture.height, self.a.scale, self.a.ratio, generator)
+        picture = picture.resize((w, h), self.filter, box=box)
+        if generator.random() < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.tensor(picture)
 
 
 def random_box(
-    width: int, height: int, scale: tuple[float, ...], ratio: tuple[float, ...]
+    width: int, height: int, scale: tuple[float, ...], ratio: tuple[float, ...], generator: Any = chance
 ) -> tuple[int, int, int, int]:
     """A box of a random share and aspect inside the picture; ten tries, then the largest centred one of a fitting aspect."""
     low, high = np.log(ratio[0]), np.log(ratio[1])
     for _ in range(10):
-        area = width * height * random.uniform(scale[0], scale[1])
-        aspect = float(np.exp(random.uniform(low, high)))
+        area = width * height * generator.uniform(scale[0], scale[1])
+        aspect = float(np.exp(generator.uniform(low, high)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            left, top = generator.randint(0, width - w), generator.randint(0, height - h)
             return left, top, left + w, top + h
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
@@ -108,18 +121,22 @@ def eval_transform(p: Preprocessing, exact: bool = False) -> EvalTransform:
 def train_transform(
     p: Preprocessing, a: Augmentation, may_flip: bool = True, exact: bool = False
 ) -> Callable[[Image.Image], Tensor]:
-    """The training transform of an Augmentation; a task that forbids mirroring wins unless force_flip."""
+    """The training transform of an Augmentation; a task that forbids mirroring wins unless force_flip.
+
+    kind "timm" is what published recipes name, with the operators of timm 1.x: those of 0.4.12 by the same policy text.
+    """
     flip = a.flip if may_flip or a.force_flip else 0.0
-    if a.kind == "none":
+    if a.kind == "none" or (a.kind == "crop" and (exact or p.exact)):
         return EvalTransform(p, exact)
     if a.kind == "crop":
-        return EvalTransform(p, exact) if exact else CropTransform(p, a, flip)
+        return CropTransform(p, a, flip)
     from timm.data import create_transform
 
+    jitter: Any = a.color_jitter or None
     made: Any = create_transform(
-        (3, *p.crop), is_training=True, scale=tuple(a.scale), ratio=tuple(a.ratio), hflip=flip, interpolation="bicubic",
-        color_jitter=a.color_jitter or None, auto_augment=a.auto_augment or None, re_prob=a.erase, re_mode="pixel",
-        re_count=1, mean=p.mean, std=p.std,
+        (3, *p.crop), is_training=True, scale=(a.scale[0], a.scale[1]), ratio=(a.ratio[0], a.ratio[1]), hflip=flip,
+        interpolation=p.interpolation, color_jitter=jitter, auto_augment=a.auto_augment or None,
+        re_prob=a.erase, re_mode="pixel", re_count=1, mean=p.mean, std=p.std,
     )  # fmt: skip
     for step in made.transforms:
         for op in getattr(step, "ops", ()):
@@ -139,15 +156,23 @@ def posterize(picture: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 class Pictures(Dataset):
     """(tensor, label, index) of a split. What is random in item i depends on (seed, epoch, i) alone.
 
-    Decoded pictures are kept in memory while they fit `cache_bytes`, so that small sets are decoded once.
+    Decoded pictures (for evaluation: cropped ones) are kept while all of the split fits `cache_bytes`; see `Kept`.
+    random   whether the transform varies; None: as it says itself, else yes
     """
 
     def __init__(
-        self, split: Split, transform: Callable, seed: int = 0, random: bool = False, cache_bytes: int = 2 << 30
+        self,
+        split: Split,
+        transform: Any,
+        seed: int = 0,
+        random: bool | None = None,
+        cache_bytes: int = LIMIT_BYTES,
     ):
-        self.split, self.transform, self.seed, self.random = split, transform, seed, random
-        self.epoch, self.left = 0, cache_bytes
-        self.decoded: dict[int, Image.Image] = {}
+        self.split, self.transform, self.seed, self.epoch = split, transform, seed, 0
+        self.random = getattr(transform, "is_random", True) if random is None else random
+        self.crops = isinstance(transform, EvalTransform) and not transform.is_random
+        slot = 3 * transform.p.crop[0] * transform.p.crop[1] if self.crops else _largest_bytes(split)
+        self.kept = Kept(len(split), slot, cache_bytes)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -155,47 +180,77 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def picture(self, i: int) -> Image.Image:
-        found = self.decoded.get(i)
-        if found is None:
-            found = self.split.picture(i)
-            size = found.width * found.height * 3
-            if size <= self.left:
-                self.left -= size
-                self.decoded[i] = found
-        return found
-
     def __getitem__(self, i: int) -> tuple[Tensor, int, int]:
-        picture = self.picture(i)
-        if not self.random:
-            return self.transform(picture), int(self.split.labels[i]), i
-        with seeded(self.seed, self.epoch, i):
-            return self.transform(picture), int(self.split.labels[i]), i
+        try:
+            return self._tensor(self.kept.get(i, self._picture), i), int(self.split.labels[i]), i
+        except SvpError as err:
+            if get_worker_info() is None:
+                raise
+            raise FromWorker.of(err) from err
 
-    def __getstate__(self):
-        return {**self.__dict__, "decoded": {}}
+    def _picture(self, i: int) -> Image.Image:
+        picture = self.split.picture(i)
+        return self.transform.cropped(picture) if self.crops else picture
+
+    def _tensor(self, picture: Image.Image, i: int) -> Tensor:
+        if self.crops:
+            return self.transform.tensor(picture)
+        if not self.random:
+            return self.transform(picture)
+        if isinstance(self.transform, CropTransform):  # draws from what it is given: nothing global to put back
+            return self.transform(picture, chance.Random(_mixed(self.seed, self.epoch, i)))
+        with seeded(self.seed, self.epoch, i):
+            return self.transform(picture)
 
 
 class seeded:
     """Python's, numpy's and torch's generators seeded from numbers inside, and as they were after."""
 
     def __init__(self, *numbers: int):
-        self.seed = int.from_bytes(_mix(numbers), "little")
+        self.number = _mixed(*numbers)
 
     def __enter__(self) -> None:
-        self.before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        torch.manual_seed(self.seed)
+        self.before = chance.getstate(), np.random.get_state(), torch.get_rng_state()
+        chance.seed(self.number)
+        np.random.seed(self.number % 2**32)
+        torch.default_generator.manual_seed(self.number)
 
     def __exit__(self, *_: object) -> None:
         python, numpy, torch_state = self.before
-        random.setstate(python)
+        chance.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(torch_state)
 
 
-def _mix(numbers: tuple[int, ...]) -> bytes:
-    import hashlib
+class FromWorker(SvpError):
+    """An SvpError that leaves a data worker whole: torch makes it anew from the text of its traceback alone."""
 
-    return hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=7).digest()
+    MARK = "svp explains: "
+
+    @classmethod
+    def of(cls, err: SvpError) -> FromWorker:
+        return cls(cls.MARK + json.dumps([err.problem, err.hint, err.kind]))
+
+    def __init__(self, text: str, hint: str = "", kind: str = "data"):
+        found = re.search(rf"{self.MARK}(\[.*\])", text)
+        super().__init__(*(json.loads(found[1]) if found else (text, hint, kind)))
+        if found and get_worker_info():
+            self.args = (found[0],)  # what the traceback will show
+
+
+def _largest_bytes(split: Split) -> int:
+    """Bytes of the largest of a few pictures, evenly spaced, as RGB; 0 where none can be read."""
+    largest = 0
+    for i in np.unique(np.linspace(0, len(split) - 1, min(LOOKS, len(split))).astype(int)).tolist():
+        try:
+            seen = split.look(i)
+            largest = max(largest, 3 * seen.width * seen.height)
+        except SvpError:  # told when the picture's turn comes
+            continue
+    return largest
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers, unrelated for neighbours."""
+    text = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")

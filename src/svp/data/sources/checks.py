@@ -1,87 +1,132 @@
-"""What every source of a user's pictures is checked for before it is used."""
+"""What every source of a user's pictures is checked for before it is used, and what is told about it."""
 
 from __future__ import annotations
 
-import hashlib
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from svp.data.splits import Part, Split, Splits, with_val
+from svp.data.pictures import Look
+from svp.data.splits import Part, Split, Splits, by_protocol
 from svp.errors import SvpError
+from svp.preprocessing import Preprocessing
+
+LOOKS = 20_000  # above so many pictures, that many headers are read, evenly spaced
+LARGE = 200_000  # above so many pictures, duplicates are not searched
+UPSCALE = 8  # a picture enlarged more than so many times is worth a word
 
 
-def finished(splits: Splits, skip: bool) -> Splits:
-    """Bad pictures left out (when asked), at least two classes, validation cut where there is none, notes made."""
-    if skip:
-        splits = _without_bad(splits)
+def finished(splits: Splits, skip: bool, seed: int = 0, by_number: bool = False) -> Splits:
+    """Bad pictures found (or left out, when asked), classes checked, validation as the protocol says, notes made.
+
+    by_number  classes are the numbers of a published list: train need not show them all
+    Raises SvpError (kind "data") for the first picture that is none, a single class, or classes that train lacks.
+    """
+    splits = _without_bad(splits) if skip else splits
+    splits = splits.noted(_changes_note(splits))
+    splits = _classes_checked(splits, by_number)
+    splits = by_protocol(splits, seed)
+    if splits.test is None:
+        splits = splits.noted("there is no test split: validation is what is reported")
+    return splits.noted(*_duplicates(splits))
+
+
+def upscale_note(splits: Splits, p: Preprocessing) -> str:
+    """A warning when pictures are enlarged more than 8 times to what the network sees, or ""."""
+    small = [s for name in splits.parts for s in _looks(splits.parts[name]) if p.shorter_side > UPSCALE * min(s.width, s.height)]  # fmt: skip
+    if not small:
+        return ""
+    least = min(small, key=lambda s: min(s.width, s.height))
+    return f"{len(small)} pictures are enlarged more than {UPSCALE} times (the smallest has {least.width} x {least.height} pixels)"
+
+
+def _looks(part: Split) -> list[Look]:
+    return [part.look(i) for i in _spaced(len(part))]
+
+
+def _spaced(count: int) -> list[int]:
+    return list(range(count)) if count <= LOOKS else np.linspace(0, count - 1, LOOKS).astype(int).tolist()
+
+
+def _changes_note(splits: Splits) -> str:
+    """What reading will change, counted; reading the headers also finds files that are no pictures at the door."""
+    counts = Counter(words for part in splits.parts.values() for seen in _looks(part) for words in seen.changes)
+    told = ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
+    return f"pictures converted to RGB: {told}" if told else ""
+
+
+def _classes_checked(splits: Splits, by_number: bool) -> Splits:
     present = np.unique(splits.train.labels)
     if len(present) < 2:
-        only = f"'{splits.classes[int(present[0])]}'" if len(present) else "none"
-        raise SvpError(
-            f"{splits.source} shows one class in training ({only}), at least two are needed",
-            "add pictures of another class",
-            "data",
-        )
-    for name, part in (("val", splits.val), ("test", splits.test)):
-        strange = sorted(set(np.unique(part.labels)) - set(present)) if part is not None else []
+        only = f"only '{splits.classes[int(present[0])]}'" if len(present) else "none"
+        problem = f"{splits.source} needs at least two classes in train, it has {only}"
+        raise SvpError(problem, "add pictures of another class", "data")
+    notes = []
+    for name, part in splits.parts.items():
+        strange = sorted(set(np.unique(part.labels).tolist()) - set(present.tolist()))
+        names = ", ".join(f"'{splits.classes[k]}'" for k in strange[:10]) + (" …" if len(strange) > 10 else "")
+        if strange and not by_number:
+            problem = f"{splits.source}: {name} has classes that train lacks: {names}"
+            raise SvpError(problem, "add training pictures of them, or remove them", "data")
         if strange:
-            names = ", ".join(f"'{splits.classes[int(k)]}'" for k in strange[:5])
-            raise SvpError(
-                f"{splits.source}: {name} has classes that train lacks: {names}",
-                "give training pictures of them",
-                "data",
-            )
-        if part is not None and 0 < len(np.unique(part.labels)) < len(present):
-            note = f"{name} lacks {len(present) - len(np.unique(part.labels))} of the {len(present)} training classes"
-            splits = splits.but(notes=(*splits.notes, note))
-    splits = splits if splits.val is not None else with_val(splits)
-    if splits.test is None:
-        splits = splits.but(notes=(*splits.notes, "there is no test split: validation is what is reported"))
-    same = _duplicates(splits)
-    return splits.but(notes=(*splits.notes, same)) if same else splits
+            notes.append(f"{name} has classes that train lacks: {names}")
+        missing = len(present) - len(np.intersect1d(present, part.labels))
+        if missing:
+            notes.append(f"{name} lacks {missing} of the {len(present)} training classes")
+    return splits.noted(*notes)
 
 
 def _without_bad(splits: Splits) -> Splits:
     """Every picture decoded once; what cannot be is left out and listed."""
     changes: dict[str, Any] = {}
-    skipped: list[str] = []
-    for name in ("train", "val", "test"):
-        part: Split | None = getattr(splits, name)
-        if part is None:
-            continue
-        good = []
-        for i in range(len(part)):
-            try:
-                part.picture(i)
-                good.append(i)
-            except SvpError as err:
-                skipped.append(err.problem)
-        if part is not None and len(part) and not good:
-            reasons = "; ".join(skipped[:3])
-            raise SvpError(
-                f"none of the {len(part)} pictures of {splits.source} can be read: {reasons}", "check the files", "data"
-            )
-        changes[name] = part if len(good) == len(part) else Part(part, np.asarray(good, dtype=np.int64))
+    skipped = list(splits.skipped)
+    for name, part in splits.parts.items():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            problems = list(pool.map(lambda i, part=part: _problem(part, i), range(len(part))))
+        good = np.array([i for i, problem in enumerate(problems) if not problem], dtype=np.int64)
+        bad = [problem for problem in problems if problem]
+        if bad and not len(good):
+            problem = f"none of the {len(part)} {name} pictures of {splits.source} can be read: {'; '.join(bad[:3])}"
+            raise SvpError(problem, "check the files", "data")
+        lost = set(part.labels.tolist()) - set(part.labels[good].tolist())
+        if name == "train" and lost:
+            names = ", ".join(f"'{splits.classes[k]}'" for k in sorted(lost)[:5])
+            raise SvpError(f"{splits.source}: no training picture of class {names} can be read: {bad[0]}", "check the files", "data")  # fmt: skip
+        skipped += bad
+        changes[name] = Part(part, index=good) if bad else part
     return splits.but(**changes, skipped=tuple(skipped))
 
 
-def _duplicates(splits: Splits, limit: int = 200_000) -> str:
-    """A note when test pictures are in train byte for byte."""
-    if splits.test is None or len(splits.train) + len(splits.test) > limit:
-        return ""
-    seen = {content_hash(splits.train, i) for i in range(len(splits.train))}
-    same = [splits.test.name(i) for i in range(len(splits.test)) if content_hash(splits.test, i) in seen]
-    if not same:
-        return ""
-    return f"{len(same)} test pictures are in train too: {', '.join(same[:3])}{' …' if len(same) > 3 else ''}"
+def _problem(part: Split, i: int) -> str:
+    try:
+        part.picture(i)
+    except SvpError as err:
+        return err.problem
+    return ""
 
 
-def content_hash(split: Split, i: int) -> bytes:
-    """sha256 of the encoded picture."""
-    while isinstance(split, Part):
-        i, split = int(split.index[i]), split.whole
-    if hasattr(split, "paths"):
-        with open(split.paths[i], "rb") as f:
-            return hashlib.sha256(f.read()).digest()
-    return split.identity(i)
+def _duplicates(splits: Splits) -> list[str]:
+    """A note for each split that shows pictures of train again, equal byte for byte."""
+    if sum(splits.sizes.values()) > LARGE:
+        return [f"identical pictures were not searched: more than {LARGE:,} pictures"]
+    found = []
+    train_sizes = _sizes(splits.train)
+    for name in ("val", "test"):
+        part = splits.parts.get(name)
+        if part is None or (name == "val" and part is splits.test):
+            continue
+        sizes = _sizes(part)
+        common = np.intersect1d(train_sizes, sizes)  # only what has an equal length is read
+        seen = {splits.train.digest(int(i)) for i in np.flatnonzero(np.isin(train_sizes, common))}
+        same = [int(i) for i in np.flatnonzero(np.isin(sizes, common)) if part.digest(int(i)) in seen]
+        if same:
+            names = ", ".join(part.name(i) for i in same[:3]) + (" …" if len(same) > 3 else "")
+            found.append(f"identical pictures in train and {name}: {len(same)} of {len(part)} in {name} ({names})")
+    return found
+
+
+def _sizes(part: Split) -> np.ndarray:
+    return np.array([part.size_bytes(i) for i in range(len(part))], dtype=np.int64)

@@ -2,223 +2,95 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
-from svp.data.pictures import EXTENSIONS, FOREIGN_EXTENSIONS
-from svp.data.protocols import Protocol
-from svp.data.sources import existing
+from svp.data.pictures import EXTENSIONS, shown
 from svp.data.sources.checks import finished
-from svp.data.splits import Files, Splits, natural_sorted
+from svp.data.sources.lists import fgvc, is_fgvc, is_vtab, vtab
+from svp.data.sources.request import Request
+from svp.data.sources.walk import Walk
+from svp.data.splits import Files, Splits
 from svp.errors import SvpError
 
+Parts = dict[str, tuple[list[str], list[int]]]  # split -> (paths, labels)
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
-IGNORED = ("__macosx", "thumbs.db", "desktop.ini")
 TREE = "the tree is DIR/class/picture.jpg, or DIR/train/class/picture.jpg with val and test beside train"
 
 
-def open_source(rest: str, source: str, protocol: Protocol, skip: bool, max_pixels: int) -> Splits:
-    """A folder -> splits; classes in natural order of the training folder's names; nothing is written into it."""
-    root = existing(rest)
-    seen = Seen(skip)
-    if (root / "train800.txt").is_file() or (root / "train800val200.txt").is_file():
-        parts, classes = _vtab(root), ()
-    elif (root / "train.json").is_file():
-        parts, classes = _fgvc(root)
+def open_source(request: Request) -> Splits:
+    """A folder -> splits; classes in natural order of the training folder's names. Nothing is written into it."""
+    root, walk = request.folder(), Walk(request.skip)
+    by_number = is_vtab(root)
+    if by_number:
+        parts, classes, found = *vtab(root), "lists of VTAB-1k"
+    elif is_fgvc(root):
+        parts, classes, found = *fgvc(root), "split files of FGVC (train.json)"
     else:
-        parts, classes = _folders(root, seen)
-    top = max((max(labels, default=-1) for _, labels in parts.values()), default=-1)
-    classes = classes or tuple(str(k) for k in range(top + 1))
-    files = {name: Files(paths, labels, str(root), max_pixels) for name, (paths, labels) in parts.items()}
-    opened = Splits(source, files["train"], files.get("val"), files.get("test"), classes, protocol=protocol, notes=seen.notes(),
-                    skipped=tuple(seen.bad))  # fmt: skip
-    return finished(opened, skip)
+        parts, classes, found = _folders(root, walk)
+    files = {name: Files(paths, labels, str(root), request.max_pixels) for name, (paths, labels) in parts.items()}
+    opened = Splits(
+        request.source, files["train"], files.get("val"), files.get("test"), classes, protocol=request.protocol,  # type: ignore[arg-type]
+        skipped=tuple(walk.bad),
+    ).noted(f"layout: {found}", *walk.notes())  # fmt: skip
+    return finished(opened, request.skip, request.seed, by_number)
 
 
-class Seen:
-    """What was passed over on the way, and why."""
-
-    def __init__(self, skip: bool):
-        self.skip, self.hidden, self.other, self.bad = skip, 0, 0, list[str]()
-
-    def refuse(self, problem: str, hint: str) -> None:
-        """A picture that cannot be used: an error, or with skip a line in the list."""
-        if not self.skip:
-            raise SvpError(problem, hint, "data")
-        self.bad.append(problem)
-
-    def notes(self) -> tuple[str, ...]:
-        kinds = (
-            (self.hidden, "hidden files and folders were ignored"),
-            (self.other, "files that are no pictures were ignored"),
-        )
-        return tuple(f"{count} {what}" for count, what in kinds if count)
-
-
-def _folders(root: Path, seen: Seen):
-    entries = _listed(root, seen)
-    folders = {p.name: p for p in entries if p.is_dir()}
-    named = {
-        split: next((folders[n] for low in names for n in folders if n.lower() == low), None)
-        for split, names in SPLITS.items()
-    }
-    if named["train"] is None and (named["val"] or named["test"]) and len(folders) <= 2:
-        raise SvpError(f"{root} has {' and '.join(sorted(folders))} but no train folder", TREE, "data")
-    tops = {split: path for split, path in named.items() if path} if named["train"] else {"train": root}
-    classes = tuple(natural_sorted([p.name for p in _listed(tops["train"], seen) if p.is_dir()]))
+def _folders(root: Path, walk: Walk) -> tuple[Parts, tuple[str, ...], str]:
+    tops = _tops(root, walk)
+    classes = tuple(walk.folders(tops["train"]))
     if not classes:
-        loose = [p for p in entries if p.suffix.lower() in EXTENSIONS]
-        if loose:
-            raise SvpError(
-                f"{root} holds {len(loose)} pictures but no class folders",
-                f"{TREE}; to label pictures: svp predict RUN {root}",
-                "data",
-            )
-        raise SvpError(f"{root} holds no pictures ({' '.join(EXTENSIONS)})", TREE, "data")
+        raise _nothing(root, tops["train"], walk)
     index = {name: k for k, name in enumerate(classes)}
-    parts = {}
+    parts: Parts = {}
     for split, top in tops.items():
-        paths, labels = [], []
-        for folder in natural_sorted([p.name for p in _listed(top, seen) if p.is_dir()]):
-            if folder not in index:
-                inside = _pictures(top / folder, seen)
-                if inside:
-                    raise SvpError(
-                        f"{top} has the class '{folder}', which train lacks",
-                        f"train has {', '.join(classes[:10])}",
-                        "data",
-                    )
-                continue
-            found = _pictures(top / folder, seen)
+        paths: list[str] = []
+        labels: list[int] = []
+        strange: list[str] = []
+        walk.hidden += len(list(top.iterdir())) - len(walk.listed(top))
+        walk.others += sum(not p.is_dir() for p in walk.listed(top))
+        for name in walk.folders(top):
+            found = walk.pictures(top / name)
             if split == "train" and not found:
-                raise SvpError(
-                    f"the class folder {top / folder} holds no pictures", "add pictures, or remove the folder", "data"
-                )
+                problem = f"the class folder {shown(top / name)} holds no pictures"
+                raise SvpError(problem, "add pictures, or remove the folder", "data")
+            strange += [name] if found and name not in index else []
             paths += found
-            labels += [index[folder]] * len(found)
+            labels += [index.get(name, -1)] * len(found)
+        if strange:
+            problem = f"{shown(top)} has classes that train lacks: {', '.join(map(shown, strange[:10]))}"
+            raise SvpError(problem, f"train has {', '.join(map(shown, classes[:10]))}", "data")
         if paths:
             parts[split] = paths, labels
-    return parts, classes
+    if len(classes) == 1 and len(walk.folders(root / classes[0])) > 1 and tops["train"] == root:
+        problem = f"{shown(root)} needs at least two classes, it has only '{shown(classes[0])}'"
+        raise SvpError(problem, f"did you mean folder:{shown(root / classes[0])}?", "data")
+    layout = "train/class/picture" if tops["train"] != root else "class/picture"
+    return parts, classes, layout
 
 
-def _pictures(folder: Path, seen: Seen) -> list[str]:
-    """All pictures in a class folder and below, in natural order; symbolic links are followed once."""
-    found: list[str] = []
-    visited: set[tuple[int, int]] = set()
-
-    def walk(path: Path) -> None:
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in visited:
-            raise SvpError(f"{path} is a symbolic link that leads back into itself", "remove the link", "data")
-        visited.add((status.st_dev, status.st_ino))
-        for entry in _listed(path, seen):
-            if entry.is_symlink() and not entry.exists():
-                seen.refuse(f"{entry} is a broken symbolic link", "remove it")
-            elif entry.is_dir():
-                walk(entry)
-            elif entry.suffix.lower() in EXTENSIONS or (not entry.suffix and _is_picture(entry)):
-                if os.access(entry, os.R_OK):
-                    found.append(str(entry))
-                else:
-                    seen.refuse(f"{entry} cannot be read: no permission", f"chmod u+r {entry}")
-            elif entry.suffix.lower() in FOREIGN_EXTENSIONS:
-                kind = FOREIGN_EXTENSIONS[entry.suffix.lower()]
-                seen.refuse(f"{entry} is a {kind} file, which is not read here", "convert it to PNG or JPEG")
-            else:
-                seen.other += 1
-
-    walk(folder)
-    order = natural_sorted([os.path.relpath(path, folder) for path in found])
-    return [str(folder / name) for name in order]
-
-
-def _is_picture(path: Path) -> bool:
-    with path.open("rb") as f:
-        start = f.read(12)
-    return start.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*", b"MM\x00*")) or start[8:12] == b"WEBP"
-
-
-def _listed(folder: Path, seen: Seen) -> list[Path]:
-    try:
-        entries = sorted(folder.iterdir())
-    except PermissionError as err:
-        raise SvpError(f"the folder {folder} cannot be read: no permission", f"chmod u+rx {folder}", "data") from err
-    except OSError as err:
-        raise SvpError(
-            f"the folder {folder} cannot be read: {err.strerror}", "check for symbolic links that form a loop", "data"
-        ) from err
-    plain = [p for p in entries if not p.name.startswith(".") and p.name.lower() not in IGNORED]
-    seen.hidden += len(entries) - len(plain)
-    return plain
-
-
-def _vtab(root: Path):
-    """Lines "relative/path label" in train800.txt, val200.txt, test.txt (VTAB-1k as SSF's authors pack it)."""
-    names = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",), "test": ("test.txt",)}
-    parts = {}
-    for split, files in names.items():
-        path = next((root / name for name in files if (root / name).is_file()), None)
-        if path is None or (split == "val" and not (root / "train800.txt").is_file()):
-            continue
-        paths, labels = [], []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            name, _, label = line.rpartition(" ")
-            if not name or not label.isdigit():
-                raise SvpError(
-                    f"{path} line {number} is {line!r}, expected 'path label' with a label 0, 1, …",
-                    "correct the line",
-                    "data",
-                )
-            paths.append(_inside(root, root / name, f"{path} line {number}"))
-            labels.append(int(label))
-        parts[split] = paths, labels
-    _must_exist(parts, root)
-    return parts
-
-
-def _fgvc(root: Path):
-    """train.json, val.json, test.json: one object {relative path: class id}; ids are mapped by the training ids."""
-    raw = {}
-    for split in SPLITS:
-        path = root / f"{split}.json"
-        if path.is_file():
-            try:
-                raw[split] = json.loads(path.read_text(encoding="utf-8"))
-                assert isinstance(raw[split], dict)
-            except (ValueError, AssertionError) as err:
-                raise SvpError(f"{path} is no JSON object of path: class id", "copy it again", "data") from err
-    ids = sorted(set(raw["train"].values()), key=lambda k: (str(type(k)), k))
-    index = {k: i for i, k in enumerate(ids)}
-    below = next((root / name for name in ("images", "Images") if (root / name).is_dir()), root)
-    parts = {}
-    for split, rows in raw.items():
-        for name, k in rows.items():
-            if k not in index:
-                raise SvpError(
-                    f"{root / split}.json: {name} has class {k!r}, which train.json lacks", "check the files", "data"
-                )
-        paths = [_inside(root, (below if (below / n).exists() else root) / n, f"{split}.json") for n in rows]
-        parts[split] = paths, [index[k] for k in rows.values()]
-    _must_exist(parts, root)
-    return parts, tuple(str(k) for k in ids)
-
-
-def _inside(root: Path, path: Path, where: str) -> str:
-    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root)):
-        raise SvpError(f"{where} names {path}, which lies outside {root}", "paths must stay inside the folder", "data")
-    return str(path)
-
-
-def _must_exist(parts, root: Path) -> None:
-    for split, (paths, _) in parts.items():
-        lost = [p for p in paths if not os.path.exists(p)]
-        if lost:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+def _tops(root: Path, walk: Walk) -> dict[str, Path]:
+    """Where the class folders of each split are: root/{train,val,test}, or root itself for train."""
+    folders = walk.folders(root)
+    found = {split: [name for name in folders if name.lower() in names] for split, names in SPLITS.items()}
+    if not found["train"] or not walk.folders(root / found["train"][0]):  # a class may be called "train", of trains
+        others = [name for split in ("val", "test") for name in found[split]]
+        if others and len(folders) == len(others):
+            raise SvpError(f"{shown(root)} has {' and '.join(others)} but no train folder", TREE, "data")
+        return {"train": root}
+    for split, names in found.items():
+        if len(names) > 1:
             raise SvpError(
-                f"{root}: the {split} list names {lost[0]}{more}, which does not exist",
-                "put the pictures there",
-                "data",
+                f"{shown(root)} has {' and '.join(names)}, which are one split", f"keep one {split} folder", "data"
             )
+    return {split: root / names[0] for split, names in found.items() if names}
+
+
+def _nothing(root: Path, top: Path, walk: Walk) -> SvpError:
+    """The error for a folder without class folders."""
+    loose = walk.loose(top)
+    if loose:
+        problem = f"{shown(top)} holds {len(loose)} pictures but no class folders"
+        return SvpError(problem, f"{TREE}; to label them: svp predict RUN {shown(top)}", "data")
+    if any(root.glob("*.parquet")):
+        return SvpError(f"{shown(root)} holds Parquet files, no pictures", f"parquet:{shown(root)}", "data")
+    return SvpError(f"{shown(root)} holds no pictures ({' '.join(EXTENSIONS)})", TREE, "data")

@@ -1,0 +1,48 @@
+"""What a source is asked for, and the folder it is asked for in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from svp.data.pictures import MAX_PIXELS, shown
+from svp.data.protocols import DEFAULT, Protocol
+from svp.errors import SvpError, nearest
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The source as it was typed, what follows its kind (a path), and how it is to be opened."""
+
+    source: str
+    rest: str = ""
+    protocol: Protocol = DEFAULT
+    seed: int = 0
+    skip: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def folder(self) -> Path:
+        """The folder that is meant, or an error with its nearest existing parent."""
+        path = Path(self.rest).expanduser()
+        try:
+            if path.is_dir():
+                return path
+            if path.exists():
+                hint = "unpack it first" if path.suffix.lower() in ARCHIVES else "folder:DIR with DIR/class/picture.jpg"
+                raise SvpError(f"{shown(path)} is a file, expected a folder", hint, "data")
+            parent = next(p for p in path.absolute().parents if p.is_dir())
+            siblings = [p.name for p in parent.iterdir() if p.is_dir()]
+        except PermissionError as err:
+            raise SvpError(f"{shown(path)} cannot be read: no permission", "check the permissions", "data") from err
+        except (OSError, ValueError) as err:
+            reason = getattr(err, "strerror", None) or str(err)
+            raise SvpError(
+                f"{shown(path)[:200]} is no path that can be read: {reason}", "check the path", "data"
+            ) from err
+        close = nearest(path.name, siblings) if parent == path.absolute().parent else []
+        meant = f"did you mean {shown(parent / close[0])}? " if close else ""
+        raise SvpError(
+            f"{shown(path)} does not exist", f"{meant}the nearest folder that exists is {shown(parent)}", "data"
+        )
