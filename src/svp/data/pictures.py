@@ -85,7 +85,8 @@ def look(source: str | os.PathLike | bytes, name: str = "", max_pixels: int = MA
         changes = [_mode_words(picture)]
         changes += ["turned upright (EXIF)"] if orientation in UPRIGHT else []
         changes += ["first of several frames"] if getattr(picture, "is_animated", False) else []
-        size = picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size
+        lies = orientation in (5, 6, 7, 8) and picture.format != "TIFF"  # whose size Pillow gives upright
+        size = picture.size[::-1] if lies else picture.size
         return Look(*size, tuple(words for words in changes if words))
 
 

@@ -53,7 +53,7 @@ def picture_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
             raise SvpError(f"{text} is a URL; URLs are not fetched", "download the picture and give its path", "usage")
         path = Path(text)
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = Walk().pictures(path)
             if not inside:
                 raise SvpError(

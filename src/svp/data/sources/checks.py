@@ -40,7 +40,7 @@ def upscale_note(splits: Splits, p: Preprocessing) -> str:
     if not small:
         return ""
     least = min(small, key=lambda s: min(s.width, s.height))
-    return f"{len(small)} pictures are enlarged more than {UPSCALE} times (the smallest has {least.width} x {least.height} pixels)"
+    return f"enlarged more than {UPSCALE} times: {len(small)} pictures (the smallest has {least.width} x {least.height} pixels)"
 
 
 def _looks(part: Split) -> list[Look]:

@@ -55,10 +55,10 @@ class Walk:
 
     def notes(self) -> list[str]:
         kinds = (
-            (self.hidden, "hidden files and folders were ignored"),
-            (self.others, "files that are no pictures were ignored"),
+            (self.hidden, "hidden files and folders"),
+            (self.others, "files that are no pictures"),
         )
-        return [f"{count} {what}" for count, what in kinds if count]
+        return [f"ignored: {count} {what}" for count, what in kinds if count]
 
     def _below(self, folder: Path, above: tuple[tuple[int, int], ...]) -> list[str]:
         found: list[str] = []
