@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from svp.data.sources import open_data
-from svp.data.splits import Split, Splits
+from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Method, Phase, Several
 from svp.model import AdaptedModel
@@ -119,6 +119,7 @@ def fit(
             )  # fmt: skip
             return Run(folder.path if folder else None, training.run(resume and not overwrite))
     finally:
+        model.drop_path = 0.0
         team.close()
 
 
@@ -138,6 +139,8 @@ class Training:
         self.entries: dict[int, checkpoint.State] = {}
         self.best: checkpoint.State | None = None
         self.best_saved = 0  # the epoch whose tensors lie in the folder
+        self.trained: checkpoint.State | None = None  # what trains, while the average stands in its place
+        self.is_ready = False  # a phase has begun: there is a state worth saving
         self.feeds: dict[str, Feed | FeatureFeed] = {}
         self.selects_on = "test" if data.protocol.select == "test_best" else "val"
         self.clock = self.saved_at = self.told_at = time.monotonic()
@@ -171,6 +174,7 @@ class Training:
         recipe = resolve(phase.recipe, self.facts["recipe"]["lr"])
         self.recipe = recipe
         self.run_begin(index, phase, snapshot.entries.get(index) if snapshot else None)
+        self.team.agree(self.model.state_dict().values())
         self.model.drop_path = recipe.drop_path
         self.groups = parameter_groups(self.model.named_parameters(), recipe, self.method.groups())
         self.optimizer = optimizer_for(self.groups, recipe)
@@ -190,6 +194,7 @@ class Training:
                 self.forward = torch.compile(self.model)  # type: ignore[assignment]
         if snapshot is not None:
             self.restore(snapshot)
+        self.is_ready = True
 
     def train_epoch(self, epoch: int) -> None:
         """The steps of one epoch that are still to do, each with exactly the mean gradient of its pictures."""
@@ -203,6 +208,7 @@ class Training:
         mine = [[self.my_part(batch) for batch in step] for step in steps[p.step :]]
         flow = self.feeds["train"](list(itertools.chain.from_iterable(mine)), p.past_epochs + epoch)
         self.model.train()
+        self.set_lr(epoch * len(steps) + max(p.step - 1, 0), len(steps))
         started, before = time.monotonic(), p.images
         for step in steps[p.step :]:
             lr = self.set_lr(epoch * len(steps) + p.step, len(steps))
@@ -218,7 +224,7 @@ class Training:
     def train_step(self, flow: Iterator, step: list[Tensor], lr: float) -> float:
         """Forward and backward of each batch of the step, then one update; the step's mean loss."""
         total = sum(len(batch) for batch in step)
-        sums = torch.zeros(2, dtype=torch.float64)  # loss over pictures, right answers
+        sums = torch.zeros(2, dtype=torch.float64)  # mean loss, right answers
         for batch in step:
             try:
                 images, labels, _ = next(flow)
@@ -232,7 +238,7 @@ class Training:
                 loss = self.method.loss(self.forward, images, target, seen)
             self.scaler.scale(loss * weight).backward()
             right = (seen.logits.argmax(-1) == labels).sum() if seen.logits is not None else loss.new_zeros(())
-            sums += torch.stack([loss.detach().double() * weight, right.double() * (weight > 0)]).cpu()
+            sums += torch.stack([loss.detach() * weight, right.to(loss.dtype) * (weight > 0)]).cpu().double()
         stop = self.add_over_team(sums)
         loss_value, right_count = sums.tolist()
         if not math.isfinite(loss_value):
@@ -286,6 +292,7 @@ class Training:
     def next_phase(self, phase: Phase) -> None:
         p = self.progress
         p.phase, p.past_epochs, p.epoch, p.step = p.phase + 1, p.past_epochs + phase.recipe.epochs, 0, 0
+        self.is_ready = False  # the optimiser is still the last phase's
 
     def finish(self) -> dict[str, Any]:
         """Take the selected epoch, look at test once, write model/, predictions.csv and, last, result.json."""
@@ -293,8 +300,7 @@ class Training:
         assert self.best is not None
         model.load_state_dict(self.best)
         model.eval()
-        model.drop_path = 0.0
-        if self.selects_on == "test" and len(self.data.val):
+        if self.selects_on == "test" and self.data.val is not self.data.test:
             p.best_val = self.measure("val").accuracy
         last = "val" if self.data.test is None else "test"
         final = self.measure(last)
@@ -342,7 +348,7 @@ class Training:
 
     def measure(self, name: str) -> Evaluation:
         """Score a split with the tensors as they are."""
-        split = self.split(name)
+        split = self.data.split(name)
         if name not in self.feeds:
             cached = self.caches_features()
             self.feeds[name] = (
@@ -361,9 +367,6 @@ class Training:
     def order(self) -> Any:
         return class_order(self.model, self.data)
 
-    def split(self, name: str) -> Split:
-        return self.data.split(name)
-
     def caches_features(self) -> bool:
         """Whether nothing that trains, and nothing random, stands between a picture and the head."""
         return (
@@ -374,7 +377,7 @@ class Training:
         )
 
     def feature_feed(self, name: str) -> FeatureFeed:
-        split = self.split(name)
+        split = self.data.split(name)
         feed = evaluation_feed(split, self.model.preprocessing, self.device, self.workers)
         batches = feed(my_batches(len(split), self.recipe.eval_batch_size, self.team))
         features, labels = predictions(
@@ -388,12 +391,13 @@ class Training:
         if self.average is None:
             yield
             return
-        trained = checkpoint.clone(self.model.state_dict())
+        self.trained = checkpoint.clone(self.model.state_dict())
         self.model.load_state_dict(self.average.values)
         try:
             yield
         finally:
-            self.model.load_state_dict(trained)
+            self.model.load_state_dict(self.trained)
+            self.trained = None
 
     def run_begin(self, index: int, phase: Phase, entry: checkpoint.State | None) -> None:
         """Call a phase's `begin`; on resuming, with the tensors that it was given the first time."""
@@ -446,8 +450,10 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint, unless what trains is no longer finite: then the last good one stays."""
         self.saved_at = time.monotonic()
-        state = self.model.state_dict()
-        if self.folder is None or not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
+        state = self.trained or self.model.state_dict()
+        if self.folder is None or not self.is_ready:
+            return
+        if not all(t.isfinite().all() for t in state.values() if t.is_floating_point()):
             return
         p = self.progress
         self.elapsed()
@@ -465,8 +471,7 @@ class Training:
     def stop_if_asked(self, certainly: bool = False) -> None:
         """Save and deliver the signal again, at a moment that all processes share."""
         if certainly or (self.signals.caught is not None and self.team.size == 1):
-            if hasattr(self, "optimizer"):
-                self.save()
+            self.save()
             self.signals.deliver()
 
     # -- news ----------------------------------------------------------------------------------------------------------
@@ -521,8 +526,7 @@ class Training:
         except (RuntimeError, MemoryError) as err:
             if isinstance(err, NotImplementedError) or not machine.is_out_of_memory(err):
                 raise
-            if hasattr(self, "optimizer"):
-                self.save()
+            self.save()
             n, (h, w) = self.recipe.batch_size, self.model.preprocessing.crop
             smaller = f"--batch-size {max(n // 2, 1)} --accumulate {self.recipe.accumulate * 2} trains the same"
             raise SvpError(

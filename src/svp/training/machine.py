@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -173,6 +173,12 @@ class Team:
         if self.size > 1:
             torch.distributed.all_reduce(values)
         return values
+
+    def agree(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Every process takes the first one's values, in place."""
+        if self.size > 1:
+            for t in tensors:
+                torch.distributed.broadcast(t, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, on every process."""

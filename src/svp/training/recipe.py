@@ -166,14 +166,14 @@ def recipe_from(name_or_file: str | Path) -> RecipeRow:
         return recipe_row(text)
     values, lines = read_yaml(text)
     check_version(values.pop("svp_version", None), text)
+    key = "base"
     try:
-        row = recipe_row(str(values.pop("base", "default")))
-        recipe, key = row.recipe, ""
+        row = recipe_row(str(values.pop(key, "default")))
+        recipe = row.recipe
         for key, value in values.items():
             recipe = recipe.but(**{key: value})
     except SvpError as err:
-        line = lines.get(key or "base", 1) if values or "base" in lines else 1
-        raise SvpError(f"{text}, line {line}: {err.problem}", err.hint, "usage") from err
+        raise SvpError(f"{text}, line {lines.get(key, 1)}: {err.problem}", err.hint, "usage") from err
     return replace(row, name=text, recipe=recipe, source=f"{text}, from {row.name}", note="")
 
 

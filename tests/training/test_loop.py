@@ -1,0 +1,421 @@
+"""fit: what it learns, what it promises (resume, workers, accumulation, cached features), what it says of trouble."""
+
+import json
+import os
+import signal
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from svp.errors import SvpError
+from svp.methods.base import Phase
+from svp.model import load
+from svp.training import loop, machine
+from svp.training.evaluate import evaluate
+from svp.training.loop import fit
+from svp.training.recipe import Recipe
+from training.small import RECIPE, model, splits
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(machine, "git_revision", lambda: None)  # the tree may change while tests run
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(result):
+    """Of a run, what must not differ between two equal ones."""
+    return {k: v for k, v in result.items() if k != "timing"}
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def tensors(net):
+    return {k: v.clone() for k, v in net.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_what_it_promises(tmp_path):
+    events, net, data = [], model("svp"), splits()
+    frozen = {k: v.clone() for k, v in net.backbone.state_dict().items()}
+    state = torch.get_rng_state()
+    run = fit(
+        net,
+        data,
+        recipe=RECIPE.but(epochs=8, augment="none", lr=3e-2),
+        out=tmp_path / "run",
+        report=events.append,
+        config={"words": "svp"},
+    )
+    assert run.test_accuracy > 0.9 and run.folder == tmp_path / "run"
+    assert sorted(os.listdir(run.folder)) == ["config.yaml", "metrics.jsonl", "model", "predictions.csv", "result.json"]
+    assert json.loads((run.folder / "result.json").read_text()) == json.loads(json.dumps(run.result))
+    assert [e["kind"] for e in events if e["kind"] != "batch"] == ["start", *["epoch"] * 8, "end"]
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same(frozen, dict(net.backbone.state_dict()))
+    assert not net.training and net.drop_path == 0
+    again = load(run.folder, backbone=net.backbone)
+    assert_same(tensors(net), tensors(again))
+    assert again.classes == data.classes
+    assert evaluate(again, data).accuracy == run.test_accuracy
+    assert "words: svp" in (run.folder / "config.yaml").read_text()
+    assert "svp" in run.table() and f"{100 * run.test_accuracy:.1f} %" in run.table()
+    keys = "method options backbone weights fingerprint source protocol recipe seed classes epochs selected_epoch " \
+           "val_accuracy test_accuracy test_mean_class_accuracy last_val_accuracy trainable backbone_parameters data " \
+           "versions git kernel timing"  # fmt: skip
+    assert set(keys.split()) <= set(run.result)
+
+
+def test_a_finished_run_is_read_back(tmp_path):
+    first = model("svp")
+    run = fit(first, splits(), recipe=RECIPE, out=tmp_path)
+    second = model("svp")
+    again = fit(second, splits(), recipe=RECIPE, out=tmp_path)
+    assert again.result == json.loads(json.dumps(run.result))
+    assert_same(tensors(first), tensors(second))
+    with pytest.raises(SvpError, match="other settings"):
+        fit(model("svp"), splits(), recipe=RECIPE.but(lr=1e-3), out=tmp_path)
+
+
+def test_seeds_decide():
+    runs = [fit(model("svp", seed=s), splits(), recipe=RECIPE, seed=s).result for s in (0, 0, 1)]
+    assert numbers(runs[0]) == numbers(runs[1])
+    assert runs[0]["seed"] != runs[2]["seed"]
+
+
+def test_the_rate_is_the_methods_own_unless_given():
+    assert fit(model("full"), splits(), recipe=Recipe(epochs=1)).result["lr_used"] == 5e-4
+    assert fit(model("lora", rank=4), splits(), recipe=Recipe(epochs=1)).result["lr_used"] == 3e-3
+    several = model([("lora", {"rank": 4}), ("svp", {"hidden": 4})])
+    assert loop.default_lr(several.method) == 3e-3
+
+
+def test_the_best_epoch_is_kept_and_test_seen_once(monkeypatch):
+    seen = []
+    real = loop.Training.measure
+    monkeypatch.setattr(loop.Training, "measure", lambda self, name: seen.append(name) or real(self, name))
+    run = fit(model("svp"), splits(), recipe=RECIPE)
+    assert seen == ["val"] * 3 + ["test"]
+    assert 1 <= run.result["selected_epoch"] <= 3
+    seen.clear()
+    data = splits()
+    run = fit(model("svp"), data.but(protocol=data.protocol.but(select="test_best"), val=data.test), recipe=RECIPE)
+    assert seen == ["test"] * 4 and run.val_accuracy is None and run.result["selection"] == "test_best"
+
+
+def test_without_test_validation_is_reported(tmp_path):
+    notes = []
+    run = fit(model("linear"), splits(test=0), recipe=RECIPE, out=tmp_path, report=notes.append)
+    assert run.test_accuracy is None and run.val_accuracy is not None
+    assert any("no test split" in e.get("text", "") for e in notes)
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 13
+
+
+# -- equal runs --------------------------------------------------------------------------------------------------------
+
+BUSY = RECIPE.but(
+    mixup=0.8, cutmix=1.0, drop_path=0.2, ema=0.5, clip_grad=1.0, crop_scale=(0.3, 1.0), accumulate=2, batch_size=6
+)
+KINDS = {
+    "svp": ("svp", RECIPE), "svp, all on": ("svp", BUSY), "dropout": (("svp", {"dropout": 0.3, "hidden": 4}), RECIPE),
+    "cached features": ("linear", RECIPE.but(augment="none")), "full": ("full", RECIPE.but(lr=1e-3)),
+}  # fmt: skip
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_resumes_to_the_same_numbers(kind, tmp_path, monkeypatch):
+    method, recipe = KINDS[kind]
+    whole = model(method)
+    want = fit(whole, splits(), recipe=recipe, out=tmp_path / "whole", checkpoint_seconds=0)
+    steps = 3 * (4 if recipe is not BUSY else 3)
+    real = loop.Training.tell_step
+
+    def crash_at(last):
+        def tell_step(self, *args):
+            real(self, *args)
+            if self.progress.total_steps == last:
+                raise Crash
+
+        return tell_step
+
+    for last in (1, steps // 2, steps // 2 + 1, steps):  # after the step, before its checkpoint
+        monkeypatch.setattr(loop.Training, "tell_step", crash_at(last))
+        with pytest.raises(Crash):
+            fit(model(method), splits(), recipe=recipe, out=tmp_path / "half", checkpoint_seconds=0, resume=last > 1)
+    monkeypatch.setattr(loop.Training, "tell_step", real)
+    resumed = model(method)
+    got = fit(resumed, splits(), recipe=recipe, out=tmp_path / "half", checkpoint_seconds=0, resume=True)
+    assert numbers(got.result) == numbers(want.result)
+    assert got.result["features_cached"] == (kind == "cached features")
+    assert_same(tensors(resumed), tensors(whole))
+    assert log_of(tmp_path / "half") == log_of(tmp_path / "whole")
+    files = ("predictions.csv", "model/adapter_model.safetensors")
+    assert all((tmp_path / "half" / f).read_bytes() == (tmp_path / "whole" / f).read_bytes() for f in files)
+
+
+def test_a_crash_in_validation_loses_nothing(tmp_path, monkeypatch):
+    want = fit(model("svp"), splits(), recipe=RECIPE)
+    real = loop.Training.measure
+
+    def measure(self, name):
+        if self.progress.total_steps == 8:
+            raise Crash
+        return real(self, name)
+
+    monkeypatch.setattr(loop.Training, "measure", measure)
+    with pytest.raises(Crash):
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0)
+    monkeypatch.setattr(loop.Training, "measure", real)
+    got = fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, resume=True)
+    assert numbers(got.result) == numbers(want.result)
+    assert [line["lr"] for line in log_of(tmp_path) if "val_loss" in line][1] < 1e-2
+
+
+@pytest.mark.parametrize("method", ["svp", "linear"])
+def test_workers_change_nothing(method):
+    recipe = RECIPE.but(crop_scale=(0.3, 1.0))
+    runs = []
+    for workers in (0, 1, 2):
+        net = model(method)
+        runs.append((numbers(fit(net, splits(), recipe=recipe, workers=workers).result), tensors(net)))
+    for result, state in runs[1:]:
+        assert result == runs[0][0]
+        assert_same(state, runs[0][1])
+
+
+def test_accumulation_takes_exact_means():
+    """30 pictures: the last step has 6 of 16, in batches of 8, 8 / 6; equal to one batch up to rounding."""
+    states = []
+    for batch, accumulate in ((16, 1), (8, 2), (2, 8), (5, 3)):
+        net = model("svp")
+        recipe = RECIPE.but(batch_size=batch, accumulate=accumulate, lr_per=0, optimizer="sgd", epochs=2, lr=0.1)
+        fit(net, splits(), recipe=recipe)
+        states.append(tensors(net))
+    for other in states[1:3]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_cached_features_give_the_numbers_of_uncached(monkeypatch):
+    recipe = RECIPE.but(augment="none", label_smoothing=0.0)
+    cached, plain = model("linear"), model("linear")
+    first = fit(cached, splits(), recipe=recipe)
+    monkeypatch.setattr(loop.Training, "caches_features", lambda self: False)
+    second = fit(plain, splits(), recipe=recipe)
+    assert first.result["features_cached"] and not second.result["features_cached"]
+    for name, value in tensors(plain).items():
+        torch.testing.assert_close(tensors(cached)[name], value, rtol=1e-4, atol=1e-5)
+    assert first.test_accuracy == second.test_accuracy
+
+
+def test_chance_before_the_head_forbids_the_cache():
+    for changes in (dict(augment="crop"), dict(drop_path=0.1), dict(mixup=0.8)):
+        run = fit(model("linear"), splits(), recipe=RECIPE.but(epochs=1, **{"augment": "none", **changes}))
+        assert not run.result["features_cached"]
+
+
+def test_the_average_is_what_is_saved():
+    recipe = RECIPE.but(epochs=1, augment="none")
+    plain, still = model("svp"), model("svp")
+    fit(plain, splits(), recipe=recipe)
+    start = tensors(still)
+    fit(still, splits(), recipe=recipe.but(ema=1.0))  # an average that never moves
+    assert_same(tensors(still), start)
+    assert not torch.equal(plain.head.weight, still.head.weight)
+
+
+# -- methods that look at data -----------------------------------------------------------------------------------------
+
+
+def test_phases_begin_with_a_look_at_the_data(tmp_path, monkeypatch):
+    """A method whose second phase grows a tensor of a size that the first phase's training decides."""
+    seen = []
+
+    def prepare(net):
+        method = net.method
+
+        def begin(run):
+            images, _, index = next(run.batches("train"))
+            assert images.shape == (30, 3, 16, 16) and index.tolist() == list(range(30))
+            assert run.features(images).shape == (30, 16)
+            assert [x.shape for x in run.block_inputs(images[:2])] == [(2, 5, 16)] * 2
+            draw = torch.rand(1, generator=run.generator).item()
+            seen.append((draw, method.beta["0"].sum().item()))
+            method.register_buffer("mask", torch.full((3,), method.beta["0"].sum().item()))
+
+        method.phases = lambda recipe: [Phase(recipe.but(epochs=2)), Phase(recipe.but(epochs=2, lr=3e-3), begin)]
+        return net
+
+    whole = prepare(model("svp"))
+    want = fit(whole, splits(), recipe=RECIPE, out=tmp_path / "whole")
+    assert want.result["epochs"] == 4
+    assert sum("val_loss" in line for line in log_of(tmp_path / "whole")) == 4
+    real = loop.Training.tell_step
+
+    def tell_step(self, *args):
+        real(self, *args)
+        if self.progress.total_steps == 11:
+            raise Crash
+
+    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
+    with pytest.raises(Crash):
+        fit(prepare(model("svp")), splits(), recipe=RECIPE, out=tmp_path / "half", checkpoint_seconds=0)
+    monkeypatch.setattr(loop.Training, "tell_step", real)
+    resumed = prepare(model("svp"))
+    got = fit(resumed, splits(), recipe=RECIPE, out=tmp_path / "half", resume=True)
+    assert numbers(got.result) == numbers(want.result)
+    assert_same(tensors(resumed), tensors(whole))
+    assert len(set(seen)) == 1 and len(seen) == 3  # undisturbed, before the crash, on resuming
+
+
+# -- trouble -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
+    real = loop.Criterion.forward
+
+    def forward(self, logits, target):
+        return real(self, logits, target) * (float("inf") if len(os.listdir(tmp_path)) and step["n"] > 5 else 1.0)
+
+    step = {"n": 0}
+    told = loop.Training.tell_step
+    monkeypatch.setattr(loop.Criterion, "forward", forward)
+    monkeypatch.setattr(loop.Training, "tell_step", lambda self, *a: step.update(n=step["n"] + 1) or told(self, *a))
+    with pytest.raises(SvpError) as err:
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0)
+    assert "the loss is inf at step 7 (epoch 2, learning rate 0.00" in err.value.problem
+    assert "last good checkpoint is kept" in err.value.problem
+    assert "--lr 0.001" in err.value.hint and "clip_grad" in err.value.hint
+    assert (tmp_path / "checkpoint" / "state.pt").is_file() and not (tmp_path / "result.json").exists()
+
+
+def test_a_spoiled_state_is_not_saved(tmp_path, monkeypatch):
+    real = loop.Training.tell_step
+
+    def tell_step(self, *args):
+        real(self, *args)
+        if self.progress.total_steps == 5:
+            self.model.head.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
+    with pytest.raises(SvpError, match="loss is nan at step 6"):
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0)
+    state = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
+    assert state["progress"]["total_steps"] == 4 and state["model"]["head.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("kind, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_signals_save_and_are_delivered_again(kind, raised, tmp_path, monkeypatch):
+    want = fit(model("svp"), splits(), recipe=RECIPE)
+    handled = []
+
+    def handler(number, frame):
+        handled.append(number)
+        raise raised(number)
+
+    real = loop.Training.tell_step
+
+    def tell_step(self, *args):
+        real(self, *args)
+        if self.progress.total_steps == 6:
+            signal.raise_signal(kind)
+
+    before = signal.signal(kind, handler)
+    try:
+        monkeypatch.setattr(loop.Training, "tell_step", tell_step)
+        with pytest.raises(raised):
+            fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=1e9)
+        assert handled == [kind] and signal.getsignal(kind) is handler
+    finally:
+        signal.signal(kind, before)
+    state = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
+    assert state["progress"]["total_steps"] == 6
+    monkeypatch.setattr(loop.Training, "tell_step", real)
+    got = fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, resume=True)
+    assert numbers(got.result) == numbers(want.result)
+
+
+def test_memory_that_runs_out_is_explained(tmp_path, monkeypatch):
+    def hungry(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TB")
+
+    net = model("svp")
+    monkeypatch.setattr(type(net), "forward", hungry)
+    with pytest.raises(SvpError) as err:
+        fit(net, splits(), recipe=RECIPE, out=tmp_path)
+    assert "memory ran out on cpu with batch_size 8 of 16 x 16 pixels" in err.value.problem
+    assert "--batch-size 4 --accumulate 2" in err.value.hint
+    assert (tmp_path / "checkpoint" / "state.pt").is_file()
+
+
+def test_an_error_of_ours_is_not_dressed_up(monkeypatch):
+    def wrong(self, images):
+        raise RuntimeError("sizes differ")
+
+    net = model("svp")
+    monkeypatch.setattr(type(net), "forward", wrong)
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        fit(net, splits(), recipe=RECIPE)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(epochs=0), "epochs is 0"),
+        (dict(lr=float("nan")), "finite"),
+        (dict(batch_size=64, drop_last=True), "has 30 training pictures, a step takes 64"),
+        (dict(mixup=1.0, batch_size=7), "batch_size 7 is odd"),
+        (dict(amp="fp16"), "fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is_written(changes, said, tmp_path):
+    recipe = Recipe(**{**asdict(RECIPE), **changes})  # as a program may build it: unchecked
+    with pytest.raises(SvpError) as err:
+        fit(model("svp"), splits(), recipe=recipe, out=tmp_path / "run", device="cpu")
+    assert said in str(err.value) and not (tmp_path / "run").exists()
+
+
+def test_other_doors(tmp_path):
+    with pytest.raises(SvpError, match="3 classes, generated has 2"):
+        fit(model("svp"), splits().but(classes=("blue", "green")), recipe=RECIPE)
+    with pytest.raises(SvpError, match="no recipe 'fast'"):
+        fit(model("svp"), splits(), recipe="fast")
+    with pytest.raises(SvpError, match="no device 'quantum'") as err:
+        fit(model("svp"), splits(), recipe=RECIPE, device="quantum")
+    assert err.value.kind == "usage"
+    if not torch.cuda.is_available():
+        with pytest.raises(SvpError, match="cuda is not available") as err:
+            fit(model("svp"), splits(), recipe=RECIPE, device="cuda")
+        assert err.value.kind == "env"
+    data = splits(test=0)
+    with pytest.raises(SvpError, match="no test split"):
+        fit(model("svp"), data.but(protocol=data.protocol.but(select="test_best")), recipe=RECIPE)
+
+
+def test_a_large_batch_and_a_strange_rate_are_noted():
+    notes = []
+    fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1, batch_size=64, lr=1e-9), report=notes.append)
+    text = " ".join(e["text"] for e in notes if e["kind"] == "note")
+    assert "batch_size 64 is larger than the 30" in text and "1e-09 is far from" in text
+
+
+def test_bf16_runs_on_the_cpu():
+    run = fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), amp="bf16", device="cpu")
+    assert run.result["amp"] == "bf16"

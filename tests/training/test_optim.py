@@ -1,0 +1,166 @@
+"""Learning rates, decay groups and optimiser steps, against the released numbers."""
+
+import csv
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from support import GOLDEN, assert_close, golden
+from svp.errors import SvpError
+from svp.training.optim import Average, clip_gradients, lr_at, optimizer_for, parameter_groups, warmup_steps
+from svp.training.recipe import Recipe, recipe_named
+
+COLUMNS = {
+    "CUB200": "svp-cub200", "CIFAR": "svp-cifar100", "CIFAR10": "svp-cifar10", "DTD": "svp-dtd", "DOGS": "svp-dogs",
+    "GTSRB": "svp-gtsrb", "NABIRDS": "svp-nabirds", "SVHN": "svp-svhn", "FLOWERS": "svp-flowers102", "FOOD": "svp-food101",
+}  # fmt: skip
+
+
+def test_released_schedules_to_the_last_digit():
+    with open(GOLDEN / "svp" / "lr_schedule.csv", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 100
+    for column, name in COLUMNS.items():
+        recipe = recipe_named(name)
+        for row in rows:
+            epoch = int(row["epoch"])
+            for step in (epoch * 7, epoch * 7 + 6):  # the same in all steps of an epoch
+                assert lr_at(recipe, recipe.base_lr, step, 7) == float(row[column]), (name, epoch)
+
+
+def test_cosine_warms_up_and_ends_low():
+    recipe = Recipe(epochs=10, lr=1.0, warmup=0.1, min_lr=0.01)
+    rates = [lr_at(recipe, 1.0, step, 10) for step in range(100)]
+    assert warmup_steps(recipe, 10) == 10
+    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates)
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0.01 < rates[-1] < 0.02
+    assert rates[55] == pytest.approx(0.01 + 0.99 / 2 * (1 + math.cos(math.pi / 2)))
+
+
+@pytest.mark.parametrize(
+    "unit, value, steps", [("fraction", 0.05, 5), ("epochs", 2, 20), ("steps", 7, 7), ("steps", 999, 100)]
+)
+def test_warmup_units(unit, value, steps):
+    assert warmup_steps(Recipe(epochs=10, warmup=value, warmup_unit=unit), 10) == steps
+
+
+def test_constant_stays():
+    recipe = Recipe(epochs=2, schedule="constant", warmup=0.0)
+    assert {lr_at(recipe, 0.3, step, 5) for step in range(10)} == {0.3}
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.method = nn.ModuleDict({"inner": nn.Linear(3, 3)})
+        self.method.alpha = nn.ParameterDict({"0": nn.Parameter(torch.zeros(3))})
+        self.method.table = nn.Parameter(torch.zeros(2, 3))
+        self.head = nn.Linear(3, 2)
+
+
+def grouped(recipe, rules=None):
+    groups = parameter_groups(Toy().named_parameters(), recipe, rules or {})
+    return {name: group for group in groups for name in group["names"]}
+
+
+def test_biases_and_vectors_are_not_decayed():
+    found = grouped(Recipe(lr=1.0, weight_decay=0.1))
+    decayed = {name for name, group in found.items() if group["weight_decay"]}
+    assert decayed == {"method.inner.weight", "method.table", "head.weight"}
+    assert all(group["weight_decay"] in (0.0, 0.1) and group["base_lr"] == 1.0 for group in found.values())
+
+
+def test_without_decay_there_is_one_group():
+    assert len(parameter_groups(Toy().named_parameters(), Recipe(lr=1.0, weight_decay=0.0), {})) == 1
+    assert len(parameter_groups(Toy().named_parameters(), Recipe(lr=1.0, decay="all"), {})) == 1
+
+
+def test_rules_of_a_method_win():
+    rules = {
+        "alpha.*": {"decay_scale": 1.0, "lr_scale": 10.0}, "head.*": {"lr": 40.0}, "table": {"decay": 0.0, "clip": 2.0},
+        "inner.*": {"decay_scale": 3.0},
+    }  # fmt: skip
+    found = grouped(Recipe(lr=0.1, weight_decay=0.01), rules)
+    got = {name: (group["base_lr"], group["weight_decay"], group["clip"]) for name, group in found.items()}
+    assert got["method.alpha.0"] == (1.0, 0.01, 0.0)
+    assert got["head.weight"] == (40.0, 0.01, 0.0) and got["head.bias"] == (40.0, 0.0, 0.0)
+    assert got["method.table"] == (0.1, 0.0, 2.0)
+    assert got["method.inner.bias"] == (0.1, 0.03, 0.0)
+
+
+def test_nothing_to_train_is_said():
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(SvpError, match="nothing trains"):
+        parameter_groups(frozen.named_parameters(), Recipe(lr=1.0), {})
+
+
+def test_clipping_by_group_then_over_all():
+    a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    a.grad, b.grad = torch.full((4,), 3.0), torch.full((4,), 4.0)
+    clip_gradients([dict(params=[a], clip=1.0), dict(params=[b], clip=0.0)], 0.0)
+    assert a.grad.norm() == pytest.approx(1.0, rel=1e-5) and b.grad.norm() == 8.0
+    clip_gradients([dict(params=[a], clip=0.0), dict(params=[b], clip=0.0)], 0.5)
+    assert torch.cat([a.grad, b.grad]).norm() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_optimisers_step(name):
+    toy = Toy()
+    recipe = Recipe(optimizer=name, lr=0.1)
+    optimizer = optimizer_for(parameter_groups(toy.named_parameters(), recipe, {}), recipe)
+    before = toy.head.weight.detach().clone()
+    toy.head(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, toy.head.weight)
+
+
+# -- three released steps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["train3_wd1e-1_ce", "train3_wd0_soft_cub"])
+def test_three_released_steps(case):
+    from methods.test_svp_golden import model_from, ours
+
+    config, tensors = golden("svp", case)
+    init = {k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")}
+    model = model_from(config, init, torch.float64, "reference")
+    model.train()
+    recipe = Recipe(lr=config["lr"], weight_decay=config["weight_decay"])
+    groups = parameter_groups(model.named_parameters(), recipe, model.method.groups())
+    optimizer = optimizer_for(groups, recipe)
+    assert len(groups) == (2 if config["weight_decay"] else 1)
+    for step in range(3):
+        logits = model(tensors[f"step{step}.image"])
+        assert_close(logits, tensors[f"step{step}.logits"], "logits", 1e-9)
+        target = tensors.get(f"step{step}.target", tensors.get(f"step{step}.label"))
+        loss = F.cross_entropy(logits, target)
+        assert loss.item() == pytest.approx(tensors["losses"][step].item(), rel=1e-9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    final = ours({k.removeprefix("final."): v for k, v in tensors.items() if k.startswith("final.")}, config)
+    for name, value in model.state_dict().items():
+        assert (value - final[name]).abs().max() < 1e-7, name
+
+
+def test_average_is_timms():
+    from timm.utils import ModelEmaV3
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    mine, theirs = Average(net, 0.9), ModelEmaV3(net, decay=0.9)
+    for _ in range(4):
+        with torch.no_grad():
+            for p in net.parameters():
+                p += torch.randn_like(p)
+        net(torch.randn(5, 3))
+        mine.update()
+        theirs.update(net)
+    for name, value in theirs.module.state_dict().items():
+        torch.testing.assert_close(mine.values[name], value)

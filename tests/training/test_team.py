@@ -1,0 +1,64 @@
+"""Two processes that share every batch give the numbers of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from svp.training.feed import my_batches
+from svp.training.machine import Team
+
+VICTIM = Path(__file__).with_name("victim.py")
+
+
+def run(out, method, processes):
+    """victim.py as torchrun would start it; the processes' exit codes and what they printed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        if processes > 1:
+            env |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }  # fmt: skip
+        words = [sys.executable, str(VICTIM), str(out), "1000", method, "fast"]
+        started.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ends = [process.communicate(timeout=200) for process in started]
+    assert all(p.returncode == 0 for p in started), ends
+    return [text for text, _ in ends]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize("method", ["svp", "linear"])
+def test_two_processes_are_one(method, tmp_path):
+    alone, together = run(tmp_path / "one", method, 1), run(tmp_path / "two", method, 2)
+    assert together == alone * 2
+    one, two = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        a, b = json.loads(a), json.loads(b)
+        assert a["step"] == b["step"] and a["lr"] == b["lr"]
+        assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), rel=1e-4)
+    results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two")]
+    assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
+    assert results[1]["timing"]["processes"] == 2
+
+
+def test_shares_cover_a_batch():
+    for count in (1, 2, 5, 8):
+        for size in (1, 2, 3):
+            parts = [Team(rank, size).share(list(range(count))) for rank in range(size)]
+            assert [i for part in parts for i in part] == list(range(count))
+    batches = [my_batches(10, 3, Team(rank, 2)) for rank in range(2)]
+    assert sorted(int(i) for part in batches for batch in part for i in batch) == list(range(10))
