@@ -1,3 +1,4 @@
+import io
 import struct
 import threading
 import warnings
@@ -5,6 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from svp.data.pictures import look, read_picture, shown
@@ -191,6 +194,27 @@ def test_the_limit_can_be_lowered(tmp_path, paint):
     assert read_picture(path, max_pixels=120).size == (12, 10)
     with pytest.raises(SvpError, match="has 120 pixels by its header, at most 119 are read"):
         read_picture(path, max_pixels=119)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(
+    kind=st.sampled_from(["png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm", "tga", "ico"]),
+    damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    cut=st.integers(0, 2000),
+)
+def test_damaged_bytes_are_a_picture_or_a_sentence(kind, damage, cut):
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, kind)
+    content = bytearray(stream.getvalue()[: 2000 - cut])
+    for place, value in damage:
+        if place < len(content):
+            content[place] = value
+    for read in (look, read_picture):
+        try:
+            read(bytes(content), "x", max_pixels=10_000)
+        except SvpError as err:
+            assert err.problem.startswith("x ") and "\n" not in err.problem and err.kind == "data"
 
 
 def test_missing_unreadable_and_irregular_files(tmp_path, paint, monkeypatch):

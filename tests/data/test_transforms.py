@@ -25,6 +25,8 @@ from svp.errors import SvpError
 from svp.options import describe
 from svp.preprocessing import Preprocessing
 
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of fork
+
 SMALL = Preprocessing((8, 8), resize=8)
 RELEASED = Augmentation("timm", (0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.3, erase=0.25)
 KINDS = {"crop": Augmentation(), "timm": RELEASED, "none": Augmentation("none")}

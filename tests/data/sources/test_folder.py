@@ -263,8 +263,14 @@ def test_links_that_lead_nowhere(tree, kind):
 @POSIX
 def test_what_may_not_be_read(tree, monkeypatch):
     root = tree({"a": 3, "b": 3})
-    plain = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(root / "a/1.png") and plain(path, mode))
+    plain = open
+
+    def guarded(path, *rest, **options):
+        if str(path) == f"{root}/a/1.png":
+            raise PermissionError(13, "Permission denied")
+        return plain(path, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", guarded)
     err = refused(root)
     assert err.problem == f"{root}/a/1.png cannot be read: no permission" and "chmod" in err.hint
 
@@ -278,6 +284,16 @@ def test_a_folder_that_may_not_be_read(tree):
         assert f"{root}/a cannot be read: no permission" in refused(root).problem
     finally:
         (root / "a").chmod(0o755)
+
+
+def test_a_source_that_may_not_be_read(tree, monkeypatch):
+    root = tree({"a": 3, "b": 3})
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert refused(root).problem == f"{root} cannot be read: no permission"
 
 
 @POSIX

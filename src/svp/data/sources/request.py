@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class Request:
         path = Path(self.rest).expanduser()
         try:
             if path.is_dir():
+                os.scandir(path).close()  # may it be listed,
+                os.stat(os.path.join(path, "."))  # and looked into?
                 return path
             if path.exists():
                 hint = "unpack it first" if path.suffix.lower() in ARCHIVES else "folder:DIR with DIR/class/picture.jpg"
@@ -35,7 +38,7 @@ class Request:
             parent = next(p for p in path.absolute().parents if p.is_dir())
             siblings = [p.name for p in parent.iterdir() if p.is_dir()]
         except PermissionError as err:
-            raise SvpError(f"{shown(path)} cannot be read: no permission", "check the permissions", "data") from err
+            raise SvpError(f"{shown(path)} cannot be read: no permission", f"chmod u+rx {shown(path)}", "data") from err
         except (OSError, ValueError) as err:
             reason = getattr(err, "strerror", None) or str(err)
             raise SvpError(

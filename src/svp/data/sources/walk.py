@@ -74,12 +74,10 @@ class Walk:
                         found += self._below(entry, (*above, here))
                 elif not entry.exists():
                     self._refuse(f"{shown(entry)} is a broken link", "remove it")
-                elif not _is_picture(entry):
-                    self.others += 1
-                elif not os.access(entry, os.R_OK):
-                    self._refuse(f"{shown(entry)} cannot be read: no permission", f"chmod u+r {shown(entry)}")
-                else:
+                elif _is_picture(entry):
                     found.append(str(entry))
+                else:
+                    self.others += 1
             except OSError as err:  # a link that points to itself, a device that went away
                 self._refuse(f"{shown(entry)} cannot be read: {err.strerror or err}", "remove it")
         return found
