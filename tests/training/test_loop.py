@@ -15,6 +15,7 @@ from svp.training import loop, machine
 from svp.training.evaluate import evaluate
 from svp.training.loop import fit
 from svp.training.recipe import Recipe
+from svp.training.rehearsal import rehearse
 from training.small import RECIPE, model, splits
 
 
@@ -419,3 +420,88 @@ def test_a_large_batch_and_a_strange_rate_are_noted():
 def test_bf16_runs_on_the_cpu():
     run = fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), amp="bf16", device="cpu")
     assert run.result["amp"] == "bf16"
+
+
+def test_classes_in_another_order_train_the_same_model():
+    data = splits()
+    turned = splits().but(classes=("red", "green", "blue"))
+    for part in (turned.train, turned.val, turned.test):
+        part.labels = 2 - part.labels
+    runs = []
+    for given in (data, turned):
+        net = model("svp")
+        net.classes = data.classes
+        runs.append((fit(net, given, recipe=RECIPE), tensors(net)))
+    assert_same(runs[0][1], runs[1][1])
+    assert runs[0][0].test_accuracy == runs[1][0].test_accuracy
+    assert turned.train.labels[0] == 2  # the caller's stay
+
+
+def test_processes_must_divide_a_batch(monkeypatch):
+    monkeypatch.setattr(machine, "join_team", lambda device: machine.Team(0, 3))
+    with pytest.raises(SvpError, match="batch_size 8 does not divide by 3 processes") as err:
+        fit(model("svp"), splits(), recipe=RECIPE)
+    assert err.value.hint == "--batch-size 9"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    def crash(event):
+        if event["kind"] == "epoch":
+            raise Crash
+
+    with pytest.raises(Crash):
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0, report=crash)
+    state = tmp_path / "checkpoint" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(SvpError, match=r"state\.pt cannot be read") as err:
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, resume=True)
+    assert err.value.kind == "artefact" and "--overwrite" in err.value.hint
+    fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, overwrite=True)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    def crash(event):
+        if event["kind"] == "epoch":
+            raise Crash
+
+    with pytest.raises(Crash):
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, report=crash)
+    got = fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, resume=True)
+    assert numbers(got.result) == numbers(fit(model("svp"), splits(), recipe=RECIPE).result)
+    assert len(log_of(tmp_path)) == 3
+
+
+def test_deterministic_algorithms_are_set_and_put_back():
+    seen = []
+    fit(
+        model("svp"), splits(), recipe=RECIPE.but(epochs=1), deterministic=True,
+        report=lambda e: seen.append(torch.are_deterministic_algorithms_enabled()),
+    )  # fmt: skip
+    assert all(seen) and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_rehearsal_changes_nothing():
+    net, data = model("svp"), splits()
+    before, preprocessing = tensors(net), net.preprocessing
+    plan = rehearse(net, data, recipe=RECIPE.but(epochs=0, mixup=0.8))
+    assert plan["steps_per_epoch"] == 4 and plan["steps"] == 0 and plan["loss"] > 0 and plan["recipe"]["lr"] == 1e-2
+    assert_same(tensors(net), before)
+    assert net.preprocessing is preprocessing and all(p.grad is None for p in net.parameters())
+
+
+def test_published_augmentation_with_workers():
+    recipe = RECIPE.but(
+        epochs=1,
+        augment="timm",
+        auto_augment="rand-m9-mstd0.5-inc1",
+        erase=0.5,
+        color_jitter=0.3,
+        mixup=0.8,
+        cutmix=1.0,
+    )
+    states = []
+    for workers in (0, 2):
+        net = model("svp")
+        fit(net, splits(), recipe=recipe, workers=workers)
+        states.append(tensors(net))
+    assert_same(*states)

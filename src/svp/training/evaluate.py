@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from svp.training.feed import Batch, evaluation_feed, my_batches, prepared
 from svp.training.machine import Amp, Team, autocast, default_workers, device_named, precision
 
 if TYPE_CHECKING:
-    from svp.data.splits import Splits
+    from svp.data.splits import Split, Splits
     from svp.model import AdaptedModel
 
 BINS = 15  # of the calibration error
@@ -64,9 +65,8 @@ def evaluate(
     """
     from svp.data.sources import open_data
 
-    splits = open_data(data) if isinstance(data, (str, os.PathLike)) else data
+    splits = in_order_of(model, open_data(data) if isinstance(data, (str, os.PathLike)) else data)
     place = device_named(device)
-    order = class_order(model, splits)
     chosen = splits.split(split)
     model.to(place)
     feed = evaluation_feed(
@@ -77,11 +77,11 @@ def evaluate(
     )
     used = precision(amp, None, place)
     logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)
-    return score(logits, order[labels], tuple(model.classes or splits.classes), split)
+    return score(logits, labels, splits.classes, split)
 
 
-def class_order(model: AdaptedModel, data: Splits) -> np.ndarray:
-    """The model's class index of each of the source's; raises SvpError when their names differ."""
+def in_order_of(model: AdaptedModel, data: Splits) -> Splits:
+    """The splits with the model's class indices; raises SvpError when the names of the classes differ."""
     names = tuple(model.classes or data.classes)
     if model.num_classes != len(data.classes) or set(names) != set(data.classes):
         strange = [name for name in data.classes if name not in names][:3]
@@ -90,7 +90,18 @@ def class_order(model: AdaptedModel, data: Splits) -> np.ndarray:
             f"the model knows {model.num_classes} classes, {data.source} has {len(data.classes)}{more}",
             "give the source that it was trained on, or train a model for this one", "data",
         )  # fmt: skip
-    return np.array([names.index(name) for name in data.classes])
+    if names == data.classes:
+        return data
+    index = np.array([names.index(name) for name in data.classes])
+
+    def turned(part: Split | None) -> Any:
+        if part is None:
+            return None
+        part = copy.copy(part)
+        part.labels = index[part.labels]
+        return part
+
+    return data.but(train=turned(data.train), val=turned(data.val), test=turned(data.test), classes=names)
 
 
 @torch.no_grad()

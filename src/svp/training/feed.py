@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from svp.data.splits import Split, Splits
 from svp.data.transforms import Pictures, eval_transform, seeded, train_transform
 from svp.preprocessing import Preprocessing
-from svp.training.machine import Team
+from svp.training.machine import Team, cpus
 from svp.training.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (b, 3, H, W), labels (b,), index in the split (b,)
@@ -66,7 +66,7 @@ class Feed:
 
     def __init__(self, pictures: Pictures, device: torch.device, workers: int = 0):
         self.device, self.order = device, _Order()
-        self.workers = min(workers, len(pictures))
+        self.workers = min(workers, len(pictures), cpus())
         self.loader: DataLoader = DataLoader(
             _Dated(pictures), batch_sampler=self.order, num_workers=self.workers, persistent_workers=self.workers > 0,
             pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0),

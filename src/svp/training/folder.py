@@ -131,6 +131,17 @@ class RunFolder:
         except ValueError as err:
             raise SvpError(f"{path} is damaged: {err}", "start again with --overwrite", "artefact") from err
 
+    def model_tensors(self) -> dict[str, Any]:
+        """The saved tensors of the selected epoch."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path / MODEL / "adapter_model.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as err:
+            raise SvpError(f"{path} cannot be read: {err}", "start again with --overwrite", "artefact") from err
+
     def snapshot_file(self) -> Path | None:
         path = self.path / CHECKPOINT / STATE
         return path if path.is_file() else None

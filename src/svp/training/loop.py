@@ -7,12 +7,9 @@ import dataclasses
 import itertools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,11 +19,11 @@ from svp.data.sources import open_data
 from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Method, Phase, Several
-from svp.model import AdaptedModel
+from svp.model import AdaptedModel, load
 from svp.options import changed
 from svp.training import checkpoint, machine
 from svp.training.checkpoint import Progress, Snapshot
-from svp.training.evaluate import Evaluation, class_order, predictions, score
+from svp.training.evaluate import Evaluation, in_order_of, predictions, score
 from svp.training.feed import (
     FeatureFeed,
     Feed,
@@ -40,6 +37,7 @@ from svp.training.feed import (
     training_order,
 )
 from svp.training.folder import RunFolder
+from svp.training.interrupt import Signals
 from svp.training.losses import Criterion, Mixer
 from svp.training.machine import Amp, Team, autocast
 from svp.training.optim import Average, clip_gradients, lr_at, optimizer_for, parameter_groups
@@ -87,7 +85,9 @@ def fit(
     chosen = resolve(changed(chosen, {}, "the recipe"), default_lr(model.method))
     place = machine.device_named(device)
     used_amp = machine.precision(amp, chosen.amp, place)
-    check(model, splits, chosen)
+    given = splits
+    splits = in_order_of(model, given)
+    check(splits, chosen)
     team = machine.join_team(place)
     if chosen.batch_size % team.size:
         raise SvpError(
@@ -99,7 +99,7 @@ def fit(
     model.task = {**model.task, "source": splits.source, "protocol": splits.protocol.name}
     model.to(place)
     count = machine.default_workers(place) if workers is None else workers
-    facts = settings_of(model, splits, chosen, seed, used_amp)
+    facts = settings_of(model, given, chosen, seed, used_amp)
     facts["machine"] = {
         "device": str(place), "workers": count, "processes": team.size, "compile": compile,
         "deterministic": deterministic,
@@ -309,18 +309,13 @@ class Training:
             split = self.data.split(last)
             self.folder.save_model(model, _card(result))
             self.folder.write_predictions(
-                [split.name(i) for i in range(len(split))], final.labels, final.probabilities, self.names
+                [split.name(i) for i in range(len(split))], final.labels, final.probabilities, self.data.classes
             )
             self.folder.finish(result)
         self.tell("end", result=result)
         return result
 
     # -- pieces --------------------------------------------------------------------------------------------------------
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        assert self.model.classes is not None
-        return tuple(self.model.classes)
 
     def set_lr(self, step: int, steps_per_epoch: int) -> float:
         for group in self.optimizer.param_groups:
@@ -361,11 +356,7 @@ class Training:
         logits, labels = predictions(
             self.model, batches, self.team, self.device, self.amp, forward, between=self.stop_if_asked
         )
-        return score(logits, self.order[labels], self.names, name)
-
-    @property
-    def order(self) -> Any:
-        return class_order(self.model, self.data)
+        return score(logits, labels, self.data.classes, name)
 
     def caches_features(self) -> bool:
         """Whether nothing that trains, and nothing random, stands between a picture and the head."""
@@ -584,37 +575,6 @@ class Training:
         }  # fmt: skip
 
 
-class Signals:
-    """Remembers Ctrl-C and SIGTERM until the current step is done, then delivers them to whoever handled them before."""
-
-    KINDS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {kind: signal.signal(kind, self.catch) for kind in self.KINDS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-        self.before = {}
-
-    def catch(self, kind: int, frame: FrameType | None) -> None:
-        if self.caught is not None:  # asked twice: do not wait
-            self.deliver()
-        self.caught = kind
-
-    def deliver(self) -> None:
-        self.__exit__()
-        kind = self.caught or signal.SIGTERM
-        signal.raise_signal(kind)
-        raise KeyboardInterrupt if kind == signal.SIGINT else SystemExit(143)  # whoever handled it has returned
-
-
 class _Seen:
     """A criterion that remembers the logits of its first call."""
 
@@ -638,9 +598,8 @@ def default_lr(method: Method) -> float:
     return type(method).default_lr
 
 
-def check(model: AdaptedModel, data: Splits, recipe: Recipe) -> None:
+def check(data: Splits, recipe: Recipe) -> None:
     """Raise SvpError for what cannot be trained, before anything is written."""
-    class_order(model, data)
     if data.protocol.select == "test_best" and data.test is None:
         raise SvpError(
             f"protocol {data.protocol.name} selects the epoch on test, {data.source} has no test split",
@@ -697,11 +656,14 @@ def _open(
 
 def _read_back(model: AdaptedModel, folder: RunFolder | None) -> None:
     """The selected epoch's tensors of a finished run, into the model."""
-    from svp.model import load
-
     assert folder is not None
-    found = load(folder.path, backbone=model.backbone)
-    model.method, model.head, model.specs = found.method, found.head, found.specs
+    state = folder.model_tensors()
+    own = {name: t.shape for name, t in model.state_dict().items()}
+    if own == {name: t.shape for name, t in state.items()}:
+        model.load_state_dict(state)
+    else:  # a phase has changed sizes
+        found = load(folder.path, backbone=model.backbone)
+        model.method, model.head, model.specs = found.method, found.head, found.specs
     model.eval()
 
 
