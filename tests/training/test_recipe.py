@@ -3,6 +3,8 @@
 import dataclasses
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from svp.errors import SvpError
 from svp.options import build
@@ -121,3 +123,22 @@ def test_bad_values_are_one_sentence(changes, said):
     with pytest.raises(SvpError) as err:
         resolve(Recipe().but(**changes), 1e-2)
     assert said in str(err.value) and err.value.kind == "usage"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.one_of(
+        st.text(max_size=60),
+        st.dictionaries(
+            st.sampled_from(["lr", "epochs", "betas", "amp", "base", "x"]),
+            st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), st.lists, max_leaves=4),
+        ).map(to_yaml),
+    )
+)
+def test_any_text_is_a_recipe_or_one_sentence(tmp_path, text):
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        assert isinstance(recipe_from(path).recipe, Recipe)
+    except SvpError as err:
+        assert err.kind == "usage" and "fuzz.yaml" in err.problem

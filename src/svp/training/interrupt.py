@@ -19,7 +19,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {kind: signal.signal(kind, self.catch) for kind in self.KINDS}
+            heard = [kind for kind in self.KINDS if signal.getsignal(kind) is not signal.SIG_IGN]  # nohup: stay deaf
+            self.before = {kind: signal.signal(kind, self.catch) for kind in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

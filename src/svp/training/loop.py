@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from svp.options import changed
 from svp.training import checkpoint, machine
 from svp.training.checkpoint import Progress, Snapshot
 from svp.training.evaluate import Evaluation, in_order_of, predictions, score
+from svp.training.facts import card_of, check, default_lr, result_of, settings_of
 from svp.training.feed import (
     FeatureFeed,
     Feed,
@@ -292,6 +292,7 @@ class Training:
     def next_phase(self, phase: Phase) -> None:
         p = self.progress
         p.phase, p.past_epochs, p.epoch, p.step = p.phase + 1, p.past_epochs + phase.recipe.epochs, 0, 0
+        p.best, p.best_epoch, p.best_val, self.best = -1.0, 0, None, None  # earlier phases prepare the last one
         self.is_ready = False  # the optimiser is still the last phase's
 
     def finish(self) -> dict[str, Any]:
@@ -304,10 +305,12 @@ class Training:
             p.best_val = self.measure("val").accuracy
         last = "val" if self.data.test is None else "test"
         final = self.measure(last)
-        result = self.result(None if self.data.test is None else final)
+        self.elapsed()
+        test = None if self.data.test is None else final
+        result = result_of(model, self.data, self.facts, p, self.epochs, test, self.device, self.caches_features())
         if self.folder is not None:
             split = self.data.split(last)
-            self.folder.save_model(model, _card(result))
+            self.folder.save_model(model, card_of(result))
             self.folder.write_predictions(
                 [split.name(i) for i in range(len(split))], final.labels, final.probabilities, self.data.classes
             )
@@ -525,55 +528,6 @@ class Training:
                 f"{smaller}; --amp bf16 halves the activations on a GPU",
             ) from err
 
-    def result(self, test: Evaluation | None) -> dict[str, Any]:
-        """The numbers of the run; what may differ between two equal runs lies under `timing`."""
-        p, model, facts = self.progress, self.model, self.facts
-        total, method = model.num_trainable(True), model.num_trainable()
-        return {
-            "method": model.method_name,
-            "options": {name: opt for name, opt in model.specs},
-            "head": model.head_name,
-            "backbone": model.backbone.name,
-            "weights": model.backbone.weights_from,
-            "fingerprint": facts["backbone"]["fingerprint"],
-            "img_size": list(model.backbone.img_size),
-            "source": self.data.source,
-            "protocol": self.data.protocol.name,
-            "selection": self.data.protocol.select,
-            "recipe": facts["recipe"],
-            "lr_used": facts["lr_used"],
-            "amp": self.amp,
-            "seed": self.seed,
-            "classes": model.num_classes,
-            "epochs": self.epochs,
-            "selected_epoch": p.best_epoch,
-            "val_accuracy": p.best_val,
-            "test_accuracy": test.accuracy if test else None,
-            "test_mean_class_accuracy": test.mean_class_accuracy if test else None,
-            "test_top5": test.top5 if test else None,
-            "test_ece": test.ece if test else None,
-            "last_val_accuracy": p.last_val,
-            "trainable": {"total": total, "method": method, "head": total - method},
-            "backbone_parameters": sum(
-                t.numel() for name, t in model.backbone.named_parameters() if not name.startswith("head.")
-            ),
-            "data": {
-                "hash": facts["data"]["hash"], "sizes": self.data.sizes, "skipped": list(self.data.skipped),
-                "notes": list(self.data.notes),
-            },
-            "features_cached": self.caches_features(),
-            "versions": machine.versions(),
-            "git": machine.git_revision(),
-            "kernel": machine.kernel_name(model.backbone.kernel, self.device, 16),
-            "timing": {
-                "seconds": self.elapsed(), "train_seconds": p.train_seconds,
-                "images_per_second": p.images / p.train_seconds if p.train_seconds else None,
-                "peak_memory_bytes": machine.peak_memory_bytes(self.device),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"), "threads": torch.get_num_threads(),
-                **facts["machine"],
-            },
-        }  # fmt: skip
-
 
 class _Seen:
     """A criterion that remembers the logits of its first call."""
@@ -588,52 +542,7 @@ class _Seen:
         return self.criterion(logits, target)
 
 
-# -- before a run ------------------------------------------------------------------------------------------------------
-
-
-def default_lr(method: Method) -> float:
-    """The learning rate of our own recipe for this method; of several that act together the smallest."""
-    if isinstance(method, Several):
-        return min(default_lr(part) for part in method.parts.values())  # type: ignore[arg-type]
-    return type(method).default_lr
-
-
-def check(data: Splits, recipe: Recipe) -> None:
-    """Raise SvpError for what cannot be trained, before anything is written."""
-    if data.protocol.select == "test_best" and data.test is None:
-        raise SvpError(
-            f"protocol {data.protocol.name} selects the epoch on test, {data.source} has no test split",
-            "--protocol default", "usage",
-        )  # fmt: skip
-    count = len(data.train)
-    if recipe.drop_last and count < recipe.step_size:
-        raise SvpError(
-            f"{data.source} has {count} training pictures, a step takes {recipe.step_size} and drop_last leaves none",
-            f"--batch-size {count - count % 2 or 1}, or -r drop_last=false", "usage",
-        )  # fmt: skip
-    if recipe.mixes and count < 2:
-        raise SvpError("mixup and cutmix pair pictures, there is one", "-r mixup=0 -r cutmix=0", "usage")
-
-
-def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, amp: str) -> dict[str, Any]:
-    """All that decides the numbers of a run, every default resolved."""
-    net = model.backbone
-    return {
-        "svp_version": machine.versions()["svp"],
-        "source": data.source,
-        "protocol": dataclasses.asdict(data.protocol),
-        "backbone": {
-            "name": net.name, "weights": net.weights_from, "img_size": list(net.img_size),
-            "overrides": dict(getattr(net, "overrides", {})), "kernel": net.kernel, "fingerprint": net.fingerprint(),
-        },
-        "methods": [{"name": name, "options": dict(values)} for name, values in model.specs],
-        "head": model.head_name,
-        "recipe": dataclasses.asdict(recipe),
-        "lr_used": recipe.base_lr,
-        "seed": seed,
-        "amp": amp,
-        "data": {"hash": data.hash(), "sizes": data.sizes},
-    }  # fmt: skip
+# -- opening -----------------------------------------------------------------------------------------------------------
 
 
 def _open(
@@ -670,15 +579,6 @@ def _read_back(model: AdaptedModel, folder: RunFolder | None) -> None:
 def _options(method: Method) -> list[dict[str, Any]]:
     parts = list(method.parts.values()) if isinstance(method, Several) else [method]
     return [dataclasses.asdict(part.opt) for part in parts]  # type: ignore[arg-type, call-overload]
-
-
-def _card(result: dict[str, Any]) -> str:
-    """The lines of the model card that only a run knows."""
-    rows = [("trained on", result["source"]), ("protocol", result["protocol"]), ("seed", result["seed"])]
-    for name in ("val_accuracy", "test_accuracy"):
-        if result[name] is not None:
-            rows.append((name.replace("_", " "), f"{100 * result[name]:.1f} %"))
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
 def _silent(event: dict[str, Any]) -> None:

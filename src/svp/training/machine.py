@@ -136,15 +136,18 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def kernel_name(kernel: str, device: torch.device, d_state: int) -> str:
-    """Which selective scan answers for a backbone whose `kernel` setting is this."""
+def kernel_name(backbone: Any, device: torch.device) -> str:
+    """Which selective scan answers for this backbone; "none" for one without scans."""
     from svp.ops.dispatch import environment, table
     from svp.ops.selective_scan import KERNELS
 
-    wanted = environment() if kernel == "auto" else kernel
+    states = [block.n for block in backbone.site().blocks if block.n]
+    if not states:
+        return "none"
+    wanted = environment() if backbone.kernel == "auto" else backbone.kernel
     if wanted != "auto":
         return wanted
-    u, A = torch.empty(1, 1, 1, device=device), torch.empty(1, d_state, device=device)
+    u, A = torch.empty(1, 1, 1, device=device), torch.empty(1, max(states), device=device)
     return next((row.name for row in table(KERNELS, u, A) if row.chosen), "none")
 
 

@@ -15,8 +15,8 @@ from svp.model import AdaptedModel
 from svp.options import changed
 from svp.training import machine
 from svp.training.evaluate import in_order_of
+from svp.training.facts import check, default_lr, settings_of
 from svp.training.feed import chance, prepared, training_feed, training_order
-from svp.training.loop import check, default_lr, settings_of
 from svp.training.losses import Criterion, Mixer
 from svp.training.machine import Amp, autocast
 from svp.training.recipe import Recipe, recipe_from, resolve
