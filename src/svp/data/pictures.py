@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from svp.errors import SvpError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: a larger header is taken for a decompression bomb
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".tga",
     ".jfif", ".jp2", ".apng",
@@ -126,6 +126,10 @@ def _opened(source: str | os.PathLike | bytes, name: str, max_pixels: int) -> It
         problem = f"{name} has {count:,} pixels by its header, at most {limit:,} are read"
         raise SvpError(problem, "make the picture smaller, or remove it", "data") from err
     except UnidentifiedImageError as err:
+        if start[4:8] == b"ftyp" and b"avif" in start[8:32] and "AVIF" not in _formats():
+            raise SvpError(
+                f"{name} is an AVIF picture, which this Pillow cannot read", "pip install -U pillow", "env"
+            ) from err
         kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
         what = (
             f"is damaged: it begins as {kind} but has no valid header" if kind else "is not a picture of a known format"

@@ -51,6 +51,15 @@ def test_split_folders(tree, val):
     assert "test lacks 1 of the 2 training classes" in data.notes and "layout: train/class/picture" in data.notes
 
 
+def test_what_is_not_used_is_told(tree, paint):
+    root = tree({"train/a": 5, "train/b": 5, "extra/c": 2})
+    (root / "test").mkdir()
+    paint(root / "train" / "loose.png"), paint(root / "train" / "loose2.png")
+    notes = open_data(root).notes
+    assert "ignored: 2 pictures outside of any class folder" in notes and f"{root}/test holds no pictures" in notes
+    assert "ignored: the folders extra beside train" in notes
+
+
 def test_train_and_test_without_validation(tree):
     data = open_data(tree({"train/a": 5, "train/b": 5, "test/a": 1, "test/b": 1}))
     assert data.sizes == {"train": 8, "val": 2, "test": 2}

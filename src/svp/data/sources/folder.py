@@ -40,32 +40,34 @@ def _folders(root: Path, walk: Walk) -> tuple[Parts, tuple[str, ...], str]:
     classes = tuple(walk.folders(tops["train"]))
     if not classes:
         raise _nothing(root, tops["train"], walk)
-    index = {name: k for k, name in enumerate(classes)}
-    parts: Parts = {}
-    for split, top in tops.items():
-        paths: list[str] = []
-        labels: list[int] = []
-        strange: list[str] = []
-        walk.hidden += len(list(top.iterdir())) - len(walk.listed(top))
-        walk.others += sum(not p.is_dir() for p in walk.listed(top))
-        for name in walk.folders(top):
-            found = walk.pictures(top / name)
-            if split == "train" and not found:
-                problem = f"the class folder {shown(top / name)} holds no pictures"
-                raise SvpError(problem, "add pictures, or remove the folder", "data")
-            strange += [name] if found and name not in index else []
-            paths += found
-            labels += [index.get(name, -1)] * len(found)
-        if strange:
-            problem = f"{shown(top)} has classes that train lacks: {', '.join(map(shown, strange[:10]))}"
-            raise SvpError(problem, f"train has {', '.join(map(shown, classes[:10]))}", "data")
-        if paths:
-            parts[split] = paths, labels
     if len(classes) == 1 and len(walk.folders(root / classes[0])) > 1 and tops["train"] == root:
         problem = f"{shown(root)} needs at least two classes, it has only '{shown(classes[0])}'"
         raise SvpError(problem, f"did you mean folder:{shown(root / classes[0])}?", "data")
-    layout = "train/class/picture" if tops["train"] != root else "class/picture"
-    return parts, classes, layout
+    found = {split: _by_class(top, walk) for split, top in tops.items()}
+    empty = next((name for name, paths in found["train"].items() if not paths), None)
+    if empty is not None:
+        problem = f"the class folder {shown(tops['train'] / empty)} holds no pictures"
+        raise SvpError(problem, "add pictures, or remove the folder", "data")
+    parts: Parts = {}
+    for split, pictures in found.items():
+        strange = [shown(name) for name, paths in pictures.items() if paths and name not in classes]
+        if strange:
+            problem = f"{shown(tops[split])} has classes that train lacks: {', '.join(strange[:10])}"
+            raise SvpError(problem, f"train has {', '.join(map(shown, classes[:10]))}", "data")
+        rows = [(path, k) for k, name in enumerate(classes) for path in pictures.get(name, ())]
+        if rows:
+            parts[split] = [path for path, _ in rows], [k for _, k in rows]
+        else:
+            walk.told.append(f"{shown(tops[split])} holds no pictures")
+    return parts, classes, "class/picture" if tops["train"] == root else "train/class/picture"
+
+
+def _by_class(top: Path, walk: Walk) -> dict[str, list[str]]:
+    """The pictures of each class folder; those beside the class folders are counted."""
+    for entry in walk.listed(top, count=True):
+        if not entry.is_dir():
+            walk.count_file(entry)
+    return {name: walk.pictures(top / name) for name in walk.folders(top)}
 
 
 def _tops(root: Path, walk: Walk) -> dict[str, Path]:
@@ -82,7 +84,11 @@ def _tops(root: Path, walk: Walk) -> dict[str, Path]:
             raise SvpError(
                 f"{shown(root)} has {' and '.join(names)}, which are one split", f"keep one {split} folder", "data"
             )
-    return {split: root / names[0] for split, names in found.items() if names}
+    walk.listed(root, count=True)
+    used = {split: names[0] for split, names in found.items() if names}
+    unused = [shown(name) for name in folders if name not in used.values()]
+    walk.told += [f"ignored: the folders {', '.join(unused)} beside train"] if unused else []
+    return {split: root / name for split, name in used.items()}
 
 
 def _nothing(root: Path, top: Path, walk: Walk) -> SvpError:

@@ -23,6 +23,8 @@ class Walk:
     skip: bool = False
     hidden: int = 0
     others: int = 0
+    outside: int = 0
+    told: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
     def folders(self, folder: Path) -> list[str]:
@@ -53,12 +55,20 @@ class Walk:
         self.hidden += (len(entries) - len(plain)) if count else 0
         return plain
 
+    def count_file(self, path: Path) -> None:
+        """Count a file that lies beside class folders."""
+        if _is_picture(path):
+            self.outside += 1
+        else:
+            self.others += 1
+
     def notes(self) -> list[str]:
         kinds = (
             (self.hidden, "hidden files and folders"),
             (self.others, "files that are no pictures"),
+            (self.outside, "pictures outside of any class folder"),
         )
-        return [f"ignored: {count} {what}" for count, what in kinds if count]
+        return [f"ignored: {count} {what}" for count, what in kinds if count] + self.told
 
     def _below(self, folder: Path, above: tuple[tuple[int, int], ...]) -> list[str]:
         found: list[str] = []
