@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ from svp.training.machine import Team
 VICTIM = Path(__file__).with_name("victim.py")
 
 
-def run(out, method, processes):
-    """victim.py as torchrun would start it; the processes' exit codes and what they printed."""
+def start(out, method, processes, *words, seconds=1000):
+    """victim.py as torchrun would start it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -30,8 +32,14 @@ def run(out, method, processes):
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }  # fmt: skip
-        words = [sys.executable, str(VICTIM), str(out), "1000", method, "fast"]
-        started.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, str(VICTIM), str(out), str(seconds), method, *words]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started
+
+
+def run(*how, **more):
+    """What the processes printed, once all have ended well."""
+    started = start(*how, **more)
     ends = [process.communicate(timeout=200) for process in started]
     assert all(p.returncode == 0 for p in started), ends
     return [text for text, _ in ends]
@@ -40,7 +48,7 @@ def run(out, method, processes):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("method", ["svp", "linear"])
 def test_two_processes_are_one(method, tmp_path):
-    alone, together = run(tmp_path / "one", method, 1), run(tmp_path / "two", method, 2)
+    alone, together = run(tmp_path / "one", method, 1, "fast"), run(tmp_path / "two", method, 2, "fast")
     assert together == alone * 2
     one, two = (load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("one", "two"))
     for name, value in one.items():
@@ -53,6 +61,23 @@ def test_two_processes_are_one(method, tmp_path):
     results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two")]
     assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
     assert results[1]["timing"]["processes"] == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or not torch.distributed.is_available(), reason="signals of POSIX, gloo")
+def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
+    run(tmp_path / "whole", "svp", 2, "fast")
+    first, second = started = start(tmp_path / "half", "svp", 2, seconds=0)
+    state = tmp_path / "half" / "checkpoint" / "state.pt"
+    while not state.is_file() and first.poll() is None:
+        time.sleep(0.01)
+    second.send_signal(signal.SIGTERM)
+    for process in started:
+        process.communicate(timeout=100)
+    assert second.returncode == -signal.SIGTERM and first.returncode in (-signal.SIGTERM, 143)
+    assert state.is_file() and not (tmp_path / "half" / "result.json").exists()
+    run(tmp_path / "half", "svp", 2, "fast", "resume")
+    whole, half = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "half"))
+    assert all(whole[key] == half[key] for key in whole if key not in ("timing", "git"))
 
 
 def test_shares_cover_a_batch():

@@ -213,16 +213,16 @@ class Training:
         for step in steps[p.step :]:
             lr = self.set_lr(epoch * len(steps) + p.step, len(steps))
             with chance(self.device, self.seed, p.phase, epoch, p.step, self.team.rank):
-                loss = self.train_step(flow, step, lr)
+                loss, stop = self.train_step(flow, step, lr)
             p.step += 1
             p.total_steps += 1
             self.tell_step(len(steps), loss, lr, (p.images - before) / max(time.monotonic() - started, 1e-9))
-            self.save_if_due(self.checkpoint_seconds)
+            self.save_if_due(self.checkpoint_seconds, stop)
         self.speed = (p.images - before) / max(time.monotonic() - started, 1e-9) if p.images > before else None
         p.train_seconds += time.monotonic() - started
 
-    def train_step(self, flow: Iterator, step: list[Tensor], lr: float) -> float:
-        """Forward and backward of each batch of the step, then one update; the step's mean loss."""
+    def train_step(self, flow: Iterator, step: list[Tensor], lr: float) -> tuple[float, bool]:
+        """Forward and backward of each batch of the step, then one update; the mean loss, and whether to stop now."""
         total = sum(len(batch) for batch in step)
         sums = torch.zeros(2, dtype=torch.float64)  # mean loss, right answers
         for batch in step:
@@ -254,10 +254,7 @@ class Training:
         p = self.progress
         p.loss, p.correct, p.seen = p.loss + loss_value * total, p.correct + round(right_count), p.seen + total
         p.images += total
-        if stop:
-            p.step, p.total_steps = p.step + 1, p.total_steps + 1
-            self.stop_if_asked(True)
-        return loss_value
+        return loss_value, stop
 
     def validate(self) -> None:
         """Score the epoch on the split that the protocol selects on; keep the tensors of the best (the first of equals)."""
@@ -436,8 +433,8 @@ class Training:
         if snapshot.generator is not None:
             self.handle.generator.set_state(snapshot.generator)
 
-    def save_if_due(self, seconds: float) -> None:
-        self.stop_if_asked()
+    def save_if_due(self, seconds: float, stop: bool = False) -> None:
+        self.stop_if_asked(stop)
         if time.monotonic() - self.saved_at >= seconds:
             self.save()
 
@@ -463,7 +460,7 @@ class Training:
         self.saved_at = time.monotonic()
 
     def stop_if_asked(self, certainly: bool = False) -> None:
-        """Save and deliver the signal again, at a moment that all processes share."""
+        """Save and deliver the signal again; of several processes all do at the same step, where one was asked (certainly)."""
         if certainly or (self.signals.caught is not None and self.team.size == 1):
             self.save()
             self.signals.deliver()
