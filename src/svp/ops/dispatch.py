@@ -13,6 +13,8 @@ from torch import Tensor
 from svp.errors import SvpError, unknown
 
 ENV = "SVP_KERNEL"  # overrides "auto"
+# by target, once loaded: torch.compile reads a table where it cannot follow an import
+FUNCTIONS: dict[str, Callable] = {}
 
 
 class Kernel(NamedTuple):
@@ -24,22 +26,27 @@ class Kernel(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = ()
     max_state: int | None = None
     complex_A: bool = False
+    constant_BC: bool = False
 
-    def unfit(self, u: Tensor, A: Tensor | None = None) -> str | None:
+    def unfit(self, u: Tensor, A: Tensor | None = None, constant_BC: bool = False) -> str | None:
         """Why this kernel cannot take tensors like these, or None. A: what has the states on its last axis, if anything."""
         if self.device not in (None, u.device.type):
             return f"it needs {self.device}, the tensors are on {u.device.type}"
         if A is not None and A.is_complex() and not self.complex_A:
             return "A is complex"
+        if constant_BC and not self.constant_BC:
+            return "B or C is constant"
         if self.dtypes and u.dtype not in self.dtypes:
             return f"the dtype is {_short(u.dtype)}, it takes {', '.join(map(_short, self.dtypes))}"
+        if self.dtypes and A is not None and A.dtype == torch.float64 and torch.float64 not in self.dtypes:
+            return "A is float64"
         if A is not None and self.max_state is not None and A.shape[-1] > self.max_state:
             return f"there are {A.shape[-1]} states, it takes at most {self.max_state}"
         return missing(self.target)
 
     def function(self) -> Callable:
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        """What a kernel without a reason against it is called by."""
+        return FUNCTIONS[self.target]
 
 
 class Row(NamedTuple):
@@ -50,7 +57,9 @@ class Row(NamedTuple):
     reason: str | None
 
 
-def pick(kernels: Sequence[Kernel], wanted: str, u: Tensor, A: Tensor | None = None) -> Callable:
+def pick(
+    kernels: Sequence[Kernel], wanted: str, u: Tensor, A: Tensor | None = None, constant_BC: bool = False
+) -> Callable:
     """The function of the named kernel, or with "auto" of the first that fits; raises SvpError with the reasons.
 
     "auto" may fall back, a named kernel never does.
@@ -61,18 +70,28 @@ def pick(kernels: Sequence[Kernel], wanted: str, u: Tensor, A: Tensor | None = N
         raise unknown("kernel", wanted, [row.name for row in kernels], "svp doctor")
     reasons = []
     for row in rows:
-        reason = row.unfit(u, A)
+        reason = row.unfit(u, A, constant_BC)
         if reason is None:
             return row.function()
         reasons.append(f"{row.name}: {reason}")
     raise SvpError(f"no kernel can answer ({'; '.join(reasons)})", "--kernel auto; `svp doctor` shows all", kind="env")
 
 
-def table(kernels: Sequence[Kernel], u: Tensor, A: Tensor | None = None) -> list[Row]:
-    """Every kernel, which one "auto" chooses for tensors like these, and why not the others."""
-    reasons = [row.unfit(u, A) for row in kernels]
-    first = next((row.name for row, reason in zip(kernels, reasons, strict=True) if reason is None), None)
-    return [Row(row.name, row.name == first, reason) for row, reason in zip(kernels, reasons, strict=True)]
+def table(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
+    """Every kernel of "selective_scan" or "causal_conv1d": which one would answer for such tensors, why not the others."""
+    kernels = importlib.import_module(f"svp.ops.{op}").KERNELS
+    reasons = []
+    for row in kernels:
+        wrong_device = row.device not in (None, device)  # said without making a tensor there
+        u = torch.empty(1, 1, 1, dtype=dtype)
+        fits_here = row._replace(device=None)
+        reasons.append(f"it needs {row.device}, the tensors are on {device}" if wrong_device else fits_here.unfit(u))
+    wanted = environment()
+    chosen = next(
+        (row.name for row, why in zip(kernels, reasons, strict=True) if why is None and wanted in ("auto", row.name)),
+        None,
+    )
+    return [Row(row.name, row.name == chosen, reason) for row, reason in zip(kernels, reasons, strict=True)]
 
 
 @torch.compiler.assume_constant_result
@@ -83,8 +102,10 @@ def environment() -> str:
 
 @torch.compiler.assume_constant_result
 def missing(target: str) -> str | None:
-    """What the kernel's module lacks on this machine, or None."""
-    module = importlib.import_module(target.partition(":")[0])
+    """What the kernel's module lacks on this machine, or None. Loads it: afterwards FUNCTIONS knows the target."""
+    path, _, name = target.partition(":")
+    module = importlib.import_module(path)
+    FUNCTIONS[target] = getattr(module, name)
     return module.missing() if hasattr(module, "missing") else None
 
 

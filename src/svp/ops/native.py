@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
 import torch  # before the library: both then share torch's libgomp
+from torch import Tensor
 
 from svp.errors import SvpError
 
-ABI = 1  # must equal ABI of csrc/interface.cpp
-ENV = "SVP_ISA"  # forces a level: avx512, avx2 or generic
-LEVELS = ("generic", "avx2", "avx512")
+ABI = 2  # must equal ABI of csrc/interface.cpp
+ENV = "SVP_ISA"  # forces a level by name
+# the generic source is written in vectors of 4, which are NEON's on arm64
+LEVELS = ("neon" if platform.machine().lower() in ("arm64", "aarch64") else "generic", "avx2", "avx512")
 HERE = Path(__file__).parent
+FILE = {"win32": "svp_kernels.dll", "darwin": "libsvp_kernels.dylib"}.get(sys.platform, "libsvp_kernels.so")
+NOT_BUILT = "the C++ part was not built: install again with a C++17 compiler and CMake at hand"
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    ending = {"win32": "svp_kernels.dll", "darwin": "libsvp_kernels.dylib"}.get(sys.platform, "libsvp_kernels.so")
-    path = next((p for p in (HERE / ending, *_installed(ending)) if p.is_file()), None)
+    path = next((p for p in (HERE / FILE, *_installed(FILE)) if p.is_file()), None)
     if path is None:
-        return None, "the C++ part was not built: install again with a C++17 compiler and CMake at hand"
+        return None, NOT_BUILT
     try:
         found = ctypes.CDLL(str(path))
-    except OSError as err:
+        found.svp_abi.restype = found.svp_isa.restype = ctypes.c_int
+        found.svp_set_isa.argtypes = [ctypes.c_int]
+    except (OSError, AttributeError) as err:
         return None, f"{path.name} cannot be loaded: {err}"
-    found.svp_abi.restype = ctypes.c_int
     if found.svp_abi() != ABI:
         return None, f"{path.name} is of another version (interface {found.svp_abi()}, expected {ABI}): install again"
-    found.svp_isa.restype = ctypes.c_int
-    found.svp_set_isa.argtypes = [ctypes.c_int]
     return found, ""
 
 
@@ -44,7 +47,7 @@ available = library is not None
 
 
 def isa() -> str:
-    """The instruction-set level that answers: "avx512", "avx2", "generic"; "" without the library."""
+    """The instruction-set level that answers: "avx512", "avx2", "generic" or "neon"; "" without the library."""
     return LEVELS[library.svp_isa()] if library is not None else ""
 
 
@@ -70,12 +73,53 @@ def levels() -> list[str]:
     return found
 
 
+# -- calling it --------------------------------------------------------------------------------------------------------
+
+
+class Rows(ctypes.Structure):  # kernels.h: Rows
+    _fields_ = [("data", ctypes.c_void_p), ("b", ctypes.c_int64), ("l", ctypes.c_int64), ("g", ctypes.c_int64)]
+
+
+def fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    """The _fields_ of a structure, several names of one type at a time."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+class Call:
+    """The arguments of one call: a structure that is filled by name; keeps the tensors alive until it has run."""
+
+    def __init__(self, args: ctypes.Structure):
+        self.args = args
+        self.alive: list[Tensor] = []
+
+    def put(self, **tensors: Tensor | None) -> None:
+        """Sets pointers, and for rows (b, l, …) the strides too. The last axis of rows must be dense, others wholly."""
+        for name, t in tensors.items():
+            if t is None:
+                continue
+            if isinstance(getattr(self.args, name), Rows):
+                t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+                groups = t.stride(2) if t.dim() == 4 else 0
+                setattr(self.args, name, Rows(t.data_ptr(), t.stride(0), t.stride(1), groups))
+            else:
+                t = t.contiguous()
+                setattr(self.args, name, t.data_ptr())
+            self.alive.append(t)
+
+    def run(self, name: str) -> None:
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
+        if function(ctypes.addressof(self.args)) != 0:
+            raise MemoryError("the kernel's scratch memory could not be had")
+
+
 _forked = False
 
 
-def threads() -> int:
-    """How many threads a kernel may use: torch's number, one in a forked child (a second region there would hang)."""
-    return 1 if _forked else torch.get_num_threads()
+def threads(work: Tensor) -> int:
+    """How many threads a kernel may use: torch's number; one for little work, and in a forked child, where a second
+    parallel region would hang."""
+    return 1 if _forked or work.numel() < 20_000 else torch.get_num_threads()
 
 
 def _after_fork() -> None:

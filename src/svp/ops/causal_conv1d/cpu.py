@@ -10,7 +10,7 @@ from torch.library import Library, impl, register_autograd, register_fake
 
 from svp.errors import SvpError
 from svp.ops import native
-from svp.ops.selective_scan.cpu import _at, _dense, _fields, _Rows, _rows, _run, _threads
+from svp.ops.native import Call, Rows, fields, threads
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? past, bool silu, bool reverse"
 LIB = Library("svp", "FRAGMENT")
@@ -44,9 +44,9 @@ def _(dy, x, weight, bias, past, silu, reverse, needs):
 @impl(LIB, "conv_cpu", "CPU")
 def forward(x, weight, bias, past, silu, reverse):
     y = x.new_empty(x.shape)
-    args, alive = _args(x, None, weight, bias, past, y, None, None, silu, reverse)
-    _run("svp_conv_forward", args)
-    del alive
+    call = _call(x, weight, bias, past, silu, reverse)
+    call.put(y=y)
+    call.run("svp_conv_forward")
     return y
 
 
@@ -55,17 +55,15 @@ def backward(dy, x, weight, bias, past, silu, reverse, needs):
     b, _, e = x.shape
     taps = weight.shape[1]
     dx = x.new_empty(x.shape)
-    dweight = x.new_zeros(b, taps + 1, e) if needs[0] else None
+    dweight = x.new_empty(b, taps + 1, e) if needs[0] else None  # each picture's share, the bias last
     dpast = x.new_zeros(b, taps - 1, e) if needs[1] else None
-    args, alive = _args(x, dy, weight, bias, past, dx, dweight, dpast, silu, reverse)
-    _run("svp_conv_backward", args)
-    del alive
-    none = x.new_empty(0)
+    call = _call(x, weight, bias, past, silu, reverse)
+    call.put(dy=dy, y=dx, dweight=dweight, dpast=dpast)
+    call.run("svp_conv_backward")
     return (
-        dx,
-        none if dweight is None else dweight.sum(0),
-        none if dpast is None else dpast.transpose(1, 2).contiguous(),
-    )
+        dx, x.new_empty(0) if dweight is None else dweight.sum(0),
+        x.new_empty(0) if dpast is None else dpast.transpose(1, 2).contiguous(),
+    )  # fmt: skip
 
 
 def _keep(ctx, inputs, output):
@@ -96,25 +94,22 @@ register_autograd("svp::conv_cpu", _derivative, setup_context=_keep, lib=LIB)
 register_autograd("svp::conv_cpu_backward", _no_second, lib=LIB)
 
 
-class _Conv(ctypes.Structure):
-    _fields_ = _fields(
-        (_Rows, "x dy"), (ctypes.c_void_p, "weight bias past"), (ctypes.c_int64, "past_b"),
+class _Conv(ctypes.Structure):  # kernels.h: Conv
+    _fields_ = fields(
+        (Rows, "x dy"), (ctypes.c_void_p, "weight bias past"), (ctypes.c_int64, "past_b"),
         (ctypes.c_void_p, "y dweight dpast"), (ctypes.c_int64, "batch length channels taps"),
         (ctypes.c_int, "silu reverse threads"),
     )  # fmt: skip
 
 
-def _args(x, dy, weight, bias, past, y, dweight, dpast, silu, reverse):
+def _call(x, weight, bias, past, silu, reverse) -> Call:
     b, l, e = x.shape
     taps = weight.shape[1]
-    x, dy = _dense(x), None if dy is None else _dense(dy)
-    weight = weight.T.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    past_b = e * (taps - 1) if past is not None and past.shape[0] > 1 else 0
-    past = None if past is None else past.transpose(1, 2).contiguous()
-    rows = _rows(x), _Rows() if dy is None else _rows(dy)
-    args = _Conv(
-        *rows, _at(weight), _at(bias), _at(past), past_b, _at(y), _at(dweight), _at(dpast), b, l, e, taps, silu, reverse,
-        _threads(x),
+    call = Call(
+        _Conv(
+            batch=b, length=l, channels=e, taps=taps, silu=silu, reverse=reverse, threads=threads(x),
+            past_b=e * (taps - 1) if past is not None and past.shape[0] > 1 else 0,
+        )
     )  # fmt: skip
-    return args, (x, dy, weight, bias, past)
+    call.put(x=x, weight=weight.T, bias=bias, past=None if past is None else past.transpose(1, 2))
+    return call

@@ -7,7 +7,7 @@ using namespace svp;
 
 namespace {
 
-constexpr int ABI = 1;  // python's native.py must agree
+constexpr int ABI = 2;  // python's native.py must agree
 
 bool has(int level) {
 #if defined(SVP_HAS_LEVEL_2)
@@ -50,7 +50,7 @@ SVP_API int svp_set_isa(int level) {
   return 0;
 }
 
-SVP_API int svp_scan_forward(const ScanForward* a) { return functions().scan_forward(*a); }
-SVP_API int svp_scan_backward(const ScanBackward* a) { return functions().scan_backward(*a); }
+SVP_API int svp_scan_forward(const Scan* a) { return functions().scan_forward(*a); }
+SVP_API int svp_scan_backward(const Scan* a) { return functions().scan_backward(*a); }
 SVP_API int svp_conv_forward(const Conv* a) { return functions().conv_forward(*a); }
 SVP_API int svp_conv_backward(const Conv* a) { return functions().conv_backward(*a); }

@@ -4,8 +4,9 @@
 
 namespace svp {
 
-constexpr int64_t T = 16;           // tokens between two stored states; python's cpu.py must agree
-constexpr int64_t BLOCK = 256;      // channels of one task at most; fixed, so results do not depend on the threads
+constexpr int64_t T = 16;      // tokens between two stored states; python's cpu.py must agree
+constexpr int64_t PANEL = 64;  // channels that lie side by side in scratch and in stored states; cpu.py must agree
+constexpr int64_t PANELS = 4;  // of one task at most; fixed, so that sums do not depend on the number of threads
 
 // A tensor (b, l, …): its rows lie `b` and `l` floats apart, `g` the groups; the last axis is dense.
 struct Rows {
@@ -13,33 +14,32 @@ struct Rows {
   int64_t b, l, g;
 };
 
-struct ScanForward {
-  Rows u, delta, B, C;              // u, delta (b, l, e); B, C (b, l, g, n)
+struct Scan {
+  Rows u, delta, B, C, z, dy;       // u, delta, z, dy (b, l, e); B, C (b, l, g, n); z may be null; dy: backward only
   const float* A2;                  // (n, e)  A log2(e): kernels know powers of two only
-  const float* D;                   // (e)     or null
-  const float* delta_bias;          // (e)     or null
-  const float* h0;                  // (b, n, e) with h0_b floats between pictures, or null
+  const float* D;                   // (e)     or null, as all that follow
+  const float* delta_bias;          // (e)
+  const float* bias;                // (e)
+  const float* offset;              // (n, e)
+  const float* h0;                  // (b, n, e) with h0_b floats between pictures; forward only
   int64_t h0_b;
-  float* y;                         // (b, l, e) dense
-  float* states;                    // (b, chunks, n, e) the state before each chunk of T tokens, or null
-  float* last;                      // (b, n, e)
-  int64_t batch, length, channels, groups, n;
-  int softplus, reverse, threads;
-};
+  float* states;                    // (b, chunks, panels, n, PANEL) the state before each chunk of T tokens
 
-struct ScanBackward {
-  Rows u, delta, B, C, dy;
-  const float* A2;
-  const float* D;
-  const float* delta_bias;
-  const float* states;
-  const float* dlast;               // (b, n, e) or null
+  float* y;                         // (b, l, e) dense
+  float* last;                      // (b, n, e)
+
+  const float* dlast;               // (b, n, e)
   float* du;                        // (b, l, e)
   float* ddelta;                    // (b, l, e)  with respect to delta as given
-  float* dB;                        // (blocks, b, l, n) each task's share; the caller adds them up in order
+  float* dz;                        // (b, l, e)
+  float* dB;                        // (blocks, b, l, g, n) each task's share; the caller adds them up in order
   float* dC;
-  float* dA;                        // (b, n, e) each picture's share, or null when A is frozen
-  float* dh0;                       // (b, n, e) or null
+  float* dA;                        // (b, n, e)  each picture's share; null when frozen, as all that follow
+  float* doffset;                   // (b, n, e)
+  float* dD;                        // (b, e)
+  float* ddelta_bias;               // (b, e)
+  float* dbias;                     // (b, e)
+  float* dh0;                       // (b, n, e)
   int64_t batch, length, channels, groups, n;
   int softplus, reverse, threads;
 };
@@ -57,24 +57,22 @@ struct Conv {
   int silu, reverse, threads;
 };
 
-// Channels of the first task of a group, and how many tasks a group has.
-inline int64_t blocks_of(int64_t channels, int64_t groups) {
-  const int64_t size = channels / groups;
-  return (size + BLOCK - 1) / BLOCK;
-}
-
 struct Level {
-  int (*scan_forward)(const ScanForward&);
-  int (*scan_backward)(const ScanBackward&);
+  int (*scan_forward)(const Scan&);
+  int (*scan_backward)(const Scan&);
   int (*conv_forward)(const Conv&);
   int (*conv_backward)(const Conv&);
 };
 
-namespace level_0 { int scan_forward(const ScanForward&); int scan_backward(const ScanBackward&);
-                    int conv_forward(const Conv&); int conv_backward(const Conv&); }
-namespace level_1 { int scan_forward(const ScanForward&); int scan_backward(const ScanBackward&);
-                    int conv_forward(const Conv&); int conv_backward(const Conv&); }
-namespace level_2 { int scan_forward(const ScanForward&); int scan_backward(const ScanBackward&);
-                    int conv_forward(const Conv&); int conv_backward(const Conv&); }
+#define SVP_DECLARE(LEVEL)               \
+  namespace LEVEL {                      \
+  int scan_forward(const Scan&);         \
+  int scan_backward(const Scan&);        \
+  int conv_forward(const Conv&);         \
+  int conv_backward(const Conv&);        \
+  }
+SVP_DECLARE(level_0)
+SVP_DECLARE(level_1)
+SVP_DECLARE(level_2)
 
 }  // namespace svp

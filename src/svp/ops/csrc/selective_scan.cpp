@@ -1,18 +1,21 @@
 // The selective scan, forward and backward, vectorised over channels.
 //
 //   h_t = exp(delta_t A) h_{t-1} + (delta_t u_t) B_t          delta = softplus(delta + delta_bias)
-//   y_t = C_t h_t + D u_t
+//   y_t = C_t (h_t + offset) + D u_t + bias,   out_t = y_t silu(z_t)
 //
-// with g_t = dL/dh_t:
+// with dy_t = dout_t silu(z_t) and g_t = dL/dh_t:
 //   g_t   = C_t dy_t + exp(delta_{t+1} A) g_{t+1}
 //   dx_t  = sum_n g_t B_t                                     x = delta u
 //   dd_t  = dx_t u_t + sum_n g_t h_{t-1} exp(delta_t A) A
-//   dB_t  = sum_e g_t x_t,   dC_t = sum_e dy_t h_t,   dA = sum_t g_t h_{t-1} exp(delta_t A) delta_t
+//   dB_t  = sum_e g_t x_t,   dC_t = sum_e dy_t (h_t + offset),   dA = sum_t g_t h_{t-1} exp(delta_t A) delta_t
 //
-// A task is one picture and one block of channels. It walks chunks of T tokens; within a chunk, tiles of V vectors. The
-// recurrence of a tile runs S states at a time, so that S x V states stay in registers and B, C are broadcast from memory.
-// Everything a recurrence reads was loaded by the prologue into scratch: a cold load inside it would cost its latency
-// every step. The forward keeps the state before each chunk; the backward recomputes the chunk from it.
+// A task is one picture and up to PANELS panels of channels. It walks chunks of T tokens, and in a chunk its panels. The
+// recurrence runs S states of V vectors at a time, so that S x V states stay in registers and B, C are broadcast from
+// memory. What a recurrence reads was put into scratch by the prologue (a cold load inside it would cost its latency
+// every step), and the prologue's rows were asked for while the panel before was computed. The forward keeps the state
+// before each chunk; the backward recomputes the chunk from it. t counts in scan order: direction is a matter of `token`.
+#include <initializer_list>
+
 #include "kernels.h"
 #include "threads.h"
 #include "vec.h"
@@ -21,7 +24,7 @@ namespace svp {
 namespace SVP_NS {
 namespace {
 
-#if SVP_LEVEL == 2
+#if SVP_LEVEL == 2 || defined(__aarch64__)
 constexpr int V = 4;  // 4 states x 4 vectors = 16 of 32 registers
 #define FOR_V(M, s) M(s, 0) M(s, 1) M(s, 2) M(s, 3)
 #else
@@ -30,154 +33,369 @@ constexpr int V = 2;  // 4 states x 2 vectors = 8 of 16 registers
 #endif
 #define FOR_1(M) FOR_V(M, 0)
 #define FOR_4(M) FOR_V(M, 0) FOR_V(M, 1) FOR_V(M, 2) FOR_V(M, 3)
-constexpr int TILE = V * W;
+#define SUMS_1(M) M(0)
+#define SUMS_4(M) M(0) M(1) M(2) M(3)
+constexpr int TILE = V * W;                // channels of a recurrence
+constexpr int64_t PLANE = T * PANEL;       // floats of one quantity of a panel and chunk
+static_assert(PANEL % TILE == 0, "a panel is made of whole tiles");
 
-constexpr int64_t padded(int64_t channels) { return (channels + TILE - 1) / TILE * TILE; }
+// -- where a task works -----------------------------------------------------------------------------------------------
 
-// Where a task works: its channels [first, first + count) and the group they belong to.
+int64_t panels_of(int64_t channels) { return (channels + PANEL - 1) / PANEL; }
+int64_t blocks_of(int64_t channels) { return (panels_of(channels) + PANELS - 1) / PANELS; }
+
 struct Place {
-  int64_t picture, group, first, count, block;
+  int64_t picture, group, block;  // block counts over all groups' channels alike
+  int64_t first, end;             // its panels, counted within the group
+  int64_t channel, size;          // of the group: first channel and how many
+  int64_t panels;                 // of the whole group
+
+  Place(const Scan& a, int64_t task) {
+    size = a.channels / a.groups;
+    panels = panels_of(size);
+    const int64_t blocks = blocks_of(size);
+    picture = task / (a.groups * blocks);
+    group = task / blocks % a.groups;
+    block = task % blocks;
+    first = block * panels / blocks;
+    end = (block + 1) * panels / blocks;
+    channel = group * size;
+  }
+  int64_t from(int64_t panel) const { return channel + panel * PANEL; }  // its first channel
+  int64_t count(int64_t panel) const { return size - panel * PANEL < PANEL ? size - panel * PANEL : PANEL; }
 };
 
-Place place(int64_t task, int64_t channels, int64_t groups) {
-  const int64_t per_group = blocks_of(channels, groups), size = channels / groups;
-  const int64_t picture = task / (groups * per_group), rest = task % (groups * per_group);
-  const int64_t group = rest / per_group, block = rest % per_group;
-  const int64_t start = block * BLOCK;
-  return {picture, group, group * size + start, size - start < BLOCK ? size - start : BLOCK, block};
+int64_t tasks_of(const Scan& a) { return a.batch * a.groups * blocks_of(a.channels / a.groups); }
+
+// The tokens of a chunk in scan order, and their rows of B and C.
+struct Chunk {
+  int64_t token[T];
+  const float* b[T];
+  const float* c[T];
+  int64_t steps;
+
+  Chunk(const Scan& a, const Place& at, int64_t chunk) {
+    steps = a.length - chunk * T < T ? a.length - chunk * T : T;
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t k = chunk * T + t;
+      token[t] = a.reverse ? a.length - 1 - k : k;
+      b[t] = a.B.data + at.picture * a.B.b + token[t] * a.B.l + at.group * a.B.g;
+      c[t] = a.C.data + at.picture * a.C.b + token[t] * a.C.l + at.group * a.C.g;
+    }
+  }
+};
+
+SVP_INLINE const float* row_of(const Rows& rows, const Place& at, int64_t token, int64_t channel) {
+  return rows.data + at.picture * rows.b + token * rows.l + channel;
+}
+SVP_INLINE float* row_of(float* dense, const Scan& a, const Place& at, int64_t token, int64_t channel) {
+  return dense + (at.picture * a.length + token) * a.channels + channel;
 }
 
-// delta with its bias and softplus, x = delta u, of one tile and chunk; slope (or null) is softplus'.
-SVP_INLINE void prologue(const Rows& u, const Rows& delta, const float* delta_bias, bool with_softplus, const Place& at,
-                         int64_t offset, const int64_t* token, int64_t steps, float* d, float* x, float* us, float* slope) {
-  for (int v = 0; v < V; ++v) {
-    const int64_t channel = at.first + offset + v * W, left = at.count - offset - v * W;
-    const vf bias = delta_bias ? load_part(delta_bias + channel, left) : vf{};
-    for (int64_t t = 0; t < steps; ++t) {
-      vf dt = load_part(delta.data + at.picture * delta.b + token[t] * delta.l + channel, left) + bias;
-      const vf ut = load_part(u.data + at.picture * u.b + token[t] * u.l + channel, left);
-      vf s = splat(1.0f);
-      if (with_softplus) dt = softplus(dt, slope ? &s : nullptr);
-      store(d + t * TILE + v * W, dt);
-      store(x + t * TILE + v * W, dt * ut);
-      store(us + t * TILE + v * W, ut);
-      if (slope) store(slope + t * TILE + v * W, s);
+// Asks for a panel's share of a row before it is needed: bits of `what` say of which tensors.
+enum { FORWARD_ROWS, BACKWARD_ROWS };
+template <int WHAT>
+SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t channel) {
+  const auto ask = [](const float* p) {
+    for (int64_t c = 0; c < PANEL; c += 16) __builtin_prefetch(p + c, 0, 2);
+  };
+  const auto ask_to_write = [](const float* p) {
+    for (int64_t c = 0; c < PANEL; c += 16) __builtin_prefetch(p + c, 1, 2);
+  };
+  ask(row_of(a.u, at, token, channel));
+  ask(row_of(a.delta, at, token, channel));
+  if (a.z.data) ask(row_of(a.z, at, token, channel));
+  if (WHAT == FORWARD_ROWS) {
+    ask_to_write(row_of(a.y, a, at, token, channel));
+  } else {
+    ask(row_of(a.dy, at, token, channel));
+    ask_to_write(row_of(a.du, a, at, token, channel));
+    ask_to_write(row_of(a.ddelta, a, at, token, channel));
+    if (a.z.data) ask_to_write(row_of(a.dz, a, at, token, channel));
+  }
+}
+
+int64_t whole_tiles(int64_t count) { return (count + TILE - 1) / TILE * TILE; }
+
+// (rows, e) -> a panel's (rows, PANEL) in scratch, lanes beyond `count` zero; and back
+void gather(const float* source, int64_t stride, int64_t rows, int64_t count, float* panel) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < PANEL; c += W)
+      store(panel + row * PANEL + c, source ? load_part(source + row * stride + c, count - c) : vf{});
+}
+void scatter(const float* panel, int64_t rows, int64_t count, float* target, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < count; c += W) store_part(target + row * stride + c, load(panel + row * PANEL + c), count - c);
+}
+void copy(float* target, const float* source, int64_t floats) { std::memcpy(target, source, sizeof(float) * floats); }
+void clear(float* target, int64_t floats) { std::memset(target, 0, sizeof(float) * floats); }
+
+// -- forward ----------------------------------------------------------------------------------------------------------
+
+// d, x = delta u and y = D u + bias of a panel and chunk.
+void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* d, float* x, float* y) {
+  for (int64_t c = 0, count = at.count(panel); c < whole_tiles(count); c += W) {  // lanes beyond `count` become zero
+    const int64_t channel = at.from(panel) + c, left = count - c;
+    const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    for (int64_t t = 0; t < now.steps; ++t) {
+      vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
+      const vf ut = load_part(row_of(a.u, at, now.token[t], channel), left);
+      if (a.softplus) dt = softplus(dt);
+      store(d + t * PANEL + c, dt);
+      store(x + t * PANEL + c, dt * ut);
+      store(y + t * PANEL + c, D * ut + bias);
     }
   }
 }
 
-// (n, e) rows of the block into a padded, aligned copy: tail lanes become zero.
-void copy_rows(const float* source, int64_t stride, int64_t rows, int64_t first, int64_t count, float* target, int64_t width) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < width; c += W)
-      store(target + row * width + c, source ? load_part(source + row * stride + first + c, count - c) : vf{});
+// y += C_t offset
+void read_offset(const Chunk& now, int64_t n, const float* offset, float* y) {
+  for (int64_t t = 0; t < now.steps; ++t)
+    for (int64_t c = 0; c < PANEL; c += W) {
+      vf sum = load(y + t * PANEL + c);
+      for (int64_t s = 0; s < n; ++s) sum += load(offset + s * PANEL + c) * now.c[t][s];
+      store(y + t * PANEL + c, sum);
+    }
 }
 
-void write_rows(const float* source, int64_t width, int64_t rows, float* target, int64_t stride, int64_t first, int64_t count) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < count; c += W) store_part(target + row * stride + first + c, load(source + row * width + c), count - c);
+void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const float* y) {
+  for (int64_t t = 0, count = at.count(panel); t < now.steps; ++t)
+    for (int64_t c = 0; c < count; c += W) {
+      const int64_t channel = at.from(panel) + c;
+      vf out = load(y + t * PANEL + c);
+      if (a.z.data) {
+        const vf z = load_part(row_of(a.z, at, now.token[t], channel), count - c);
+        out *= z * sigmoid(z);
+      }
+      store_part(row_of(a.y, a, at, now.token[t], channel), out, count - c);
+    }
 }
 
-// -- forward ----------------------------------------------------------------------------------------------------------
-
-// `width` floats between the states of h and A2 (rows of a block); b, c: rows of B, C for each step, at the first state.
-#define LOAD_H(s, v) vf h##s##v = load(h + s * width + v * W);
-#define STORE_H(s, v) store(h + s * width + v * W, h##s##v);
+// The recurrence of S states: A2, h at the first of them, b and c likewise from n0 on.
+#define LOAD_H(s, v) vf h##s##v = load(h + s * PANEL + v * W);
+#define STORE_H(s, v) store(h + s * PANEL + v * W, h##s##v);
 #define STEP(s, v)                                            \
   {                                                           \
-    const vf a = exp2v(d##v * load(A2 + s * width + v * W));  \
+    const vf a = exp2v(d##v * load(A2 + s * PANEL + v * W));  \
     h##s##v = a * h##s##v + x##v * bt[s];                     \
     y##v += h##s##v * ct[s];                                  \
   }
-#define LOAD_DXY(s, v)                           \
-  const vf d##v = load(d + t * TILE + v * W);    \
-  const vf x##v = load(x + t * TILE + v * W);    \
-  vf y##v = load(y + t * TILE + v * W);
-#define STORE_Y(s, v) store(y + t * TILE + v * W, y##v);
+#define LOAD_DXY(s, v)                            \
+  const vf d##v = load(d + t * PANEL + v * W);    \
+  const vf x##v = load(x + t * PANEL + v * W);    \
+  vf y##v = load(y + t * PANEL + v * W);
+#define STORE_Y(s, v) store(y + t * PANEL + v * W, y##v);
 
-#define FORWARD(NAME, FOR)                                                                                           \
-  void NAME(int64_t steps, int64_t width, const float* A2, const float* const* b, const float* const* c, int64_t n0, \
-            const float* d, const float* x, float* y, float* h) {                                                    \
-    FOR(LOAD_H)                                                                                                      \
-    for (int64_t t = 0; t < steps; ++t) {                                                                            \
-      const float *bt = b[t] + n0, *ct = c[t] + n0;                                                                  \
-      FOR_1(LOAD_DXY)                                                                                                \
-      FOR(STEP)                                                                                                      \
-      FOR_1(STORE_Y)                                                                                                 \
-    }                                                                                                                \
-    FOR(STORE_H)                                                                                                     \
+#define FORWARD(NAME, FOR)                                                                                             \
+  void NAME(const Chunk& now, int64_t n0, const float* A2, const float* d, const float* x, float* y, float* h) {       \
+    FOR(LOAD_H)                                                                                                        \
+    for (int64_t t = 0; t < now.steps; ++t) {                                                                          \
+      const float *bt = now.b[t] + n0, *ct = now.c[t] + n0;                                                            \
+      FOR_1(LOAD_DXY)                                                                                                  \
+      FOR(STEP)                                                                                                        \
+      FOR_1(STORE_Y)                                                                                                   \
+    }                                                                                                                  \
+    FOR(STORE_H)                                                                                                       \
   }
 FORWARD(forward_1, FOR_1)
 FORWARD(forward_4, FOR_4)
 
+void forward_task(const Scan& a, int64_t task, float* scratch) {
+  const Place at(a, task);
+  const int64_t e = a.channels, n = a.n, chunks = (a.length + T - 1) / T, states = n * PANEL;
+  float *A2 = scratch, *h = A2 + PANELS * states, *offset = h + PANELS * states;
+  float *d = offset + PANELS * states, *x = d + PLANE, *y = x + PLANE;
+  clear(d, 3 * PLANE);
+  for (int64_t p = at.first; p < at.end; ++p) {
+    const int64_t channel = at.from(p), count = at.count(p), k = (p - at.first) * states;
+    gather(a.A2 + channel, e, n, count, A2 + k);
+    gather(a.h0 ? a.h0 + at.picture * a.h0_b + channel : nullptr, e, n, count, h + k);
+    if (a.offset) gather(a.offset + channel, e, n, count, offset + k);
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const Chunk now(a, at, chunk);
+    for (int64_t p = at.first; p < at.end; ++p) {
+      const int64_t k = (p - at.first) * states, next = p + 1 < at.end ? at.from(p + 1) : at.from(at.first);
+      const int64_t ahead = p + 1 < at.end ? 0 : a.reverse ? -T : T;  // tokens from this panel's to the next one's
+      if (a.states)
+        copy(a.states + ((at.picture * chunks + chunk) * at.panels * a.groups + at.group * at.panels + p) * states, h + k, states);
+      forward_prologue(a, at, now, p, d, x, y);
+      if (a.offset) read_offset(now, n, offset + k, y);
+      int64_t asked = 0;
+      for (int64_t c = 0, count = at.count(p); c < count; c += TILE) {
+        for (int64_t s = 0; s < n;) {
+          if (asked < now.steps) {
+            for (const int64_t until = asked + 4; asked < until && asked < now.steps; ++asked) {
+              const int64_t token = now.token[asked] + ahead;
+              if (token >= 0 && token < a.length) prefetch<FORWARD_ROWS>(a, at, token, next);
+            }
+          }
+          const int64_t o = k + s * PANEL + c;
+          if (s + 4 <= n) {
+            forward_4(now, s, A2 + o, d + c, x + c, y + c, h + o);
+            s += 4;
+          } else {
+            forward_1(now, s, A2 + o, d + c, x + c, y + c, h + o);
+            s += 1;
+          }
+        }
+      }
+      forward_epilogue(a, at, now, p, y);
+    }
+  }
+  for (int64_t p = at.first; p < at.end; ++p)
+    scatter(h + (p - at.first) * states, n, at.count(p), a.last + at.picture * n * e + at.from(p), e);
+}
+
 // -- backward ---------------------------------------------------------------------------------------------------------
 
-// Pass A, forward in time: keeps a_t and h_{t-1} of the chunk, sums dC.
+// What the backward keeps of a panel and chunk, each (T, PANEL).
+struct Planes {
+  float *d, *x, *u, *slope, *dy, *dx, *dd, *y, *gate;  // slope: softplus', gate: dout silu'(z)
+  static constexpr int64_t FLOATS = 9 * PLANE;
+  explicit Planes(float* p) {
+    for (float** plane : {&d, &x, &u, &slope, &dy, &dx, &dd, &y, &gate}) *plane = p, p += PLANE;
+  }
+};
+
+void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
+  for (int64_t c = 0, count = at.count(panel); c < whole_tiles(count); c += W) {  // lanes beyond `count` become zero
+    const int64_t channel = at.from(panel) + c, left = count - c;
+    const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t o = t * PANEL + c;
+      vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias, slope = splat(1.0f);
+      const vf ut = load_part(row_of(a.u, at, now.token[t], channel), left);
+      vf dy = load_part(row_of(a.dy, at, now.token[t], channel), left);
+      if (a.softplus) dt = softplus(dt, &slope);
+      if (a.z.data) {
+        const vf z = load_part(row_of(a.z, at, now.token[t], channel), left), s = sigmoid(z);
+        store(k.gate + o, dy * s * (1.0f + z * (1.0f - s)));
+        store(k.y + o, D * ut + bias);
+        dy *= z * s;
+      }
+      store(k.d + o, dt);
+      store(k.x + o, dt * ut);
+      store(k.u + o, ut);
+      store(k.slope + o, slope);
+      store(k.dy + o, dy);
+      store(k.dx + o, vf{});
+      store(k.dd + o, vf{});
+    }
+  }
+}
+
+void backward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
+  for (int64_t c = 0, count = at.count(panel); c < count; c += W) {
+    const int64_t channel = at.from(panel) + c, left = count - c;
+    const vf D = a.D ? load_part(a.D + channel, left) : vf{};
+    vf sum_D = {}, sum_delta = {}, sum_dy = {};
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t o = t * PANEL + c, token = now.token[t];
+      const vf dx = load(k.dx + o), ut = load(k.u + o), dy = load(k.dy + o);
+      const vf ddelta = load(k.slope + o) * (dx * ut + load(k.dd + o) * LN2);
+      store_part(row_of(a.du, a, at, token, channel), dx * load(k.d + o) + D * dy, left);
+      store_part(row_of(a.ddelta, a, at, token, channel), ddelta, left);
+      if (a.z.data) store_part(row_of(a.dz, a, at, token, channel), load(k.y + o) * load(k.gate + o), left);
+      sum_D += dy * ut;
+      sum_delta += ddelta;
+      sum_dy += dy;
+    }
+    const auto add = [&](float* total, vf part) {
+      if (!total) return;
+      float* p = total + at.picture * a.channels + channel;
+      store_part(p, load_part(p, left) + part, left);
+    };
+    add(a.dD, sum_D);
+    add(a.ddelta_bias, sum_delta);
+    add(a.dbias, sum_dy);
+  }
+}
+
+// The offset's own part: dC += dy offset, doffset += C dy.
+void backward_offset(const Chunk& now, int64_t n, const float* offset, const float* dy, float* accC, float* doffset) {
+  for (int64_t t = 0; t < now.steps; ++t)
+    for (int64_t c = 0; c < PANEL; c += W) {
+      const vf dyt = load(dy + t * PANEL + c);
+      for (int64_t s = 0; s < n; ++s) {
+        float *sum = accC + (t * n + s) * W, *o = doffset + s * PANEL + c;
+        store(sum, load(sum) + dyt * load(offset + s * PANEL + c));
+        store(o, load(o) + dyt * now.c[t][s]);
+      }
+    }
+}
+
+// Pass A, forward in time: keeps a_t and h_{t-1} of the chunk, sums dC and, for the gate, y.
 #define KEEP(s, v)                                                  \
   {                                                                 \
-    const vf a = exp2v(d##v * load(A2 + s * width + v * W));        \
+    const vf a = exp2v(d##v * load(A2 + s * PANEL + v * W));        \
     store(as + (t * S + s) * TILE + v * W, a);                      \
     store(hs + (t * S + s) * TILE + v * W, h##s##v);                \
     h##s##v = a * h##s##v + x##v * bt[s];                           \
-    sum_##s += h##s##v * g##v;                                      \
+    sum_##s += h##s##v * dy##v;                                     \
+    if (gated) y##v += h##s##v * now.c[t][n0 + s];                  \
   }
-#define LOAD_DXG(s, v)                         \
-  const vf d##v = load(d + t * TILE + v * W);  \
-  const vf x##v = load(x + t * TILE + v * W);  \
-  const vf g##v = load(dy + t * TILE + v * W);
+#define LOAD_KEEP(s, v)                               \
+  const vf d##v = load(k.d + c + t * PANEL + v * W);  \
+  const vf x##v = load(k.x + c + t * PANEL + v * W);  \
+  const vf dy##v = load(k.dy + c + t * PANEL + v * W);\
+  vf y##v = {};                                       \
+  if (gated) y##v = load(k.y + c + t * PANEL + v * W);
+#define STORE_KEEP(s, v) \
+  if (gated) store(k.y + c + t * PANEL + v * W, y##v);
 #define LOAD_SUM(s) vf sum_##s = load(acc + (t * n + n0 + s) * W);
 #define STORE_SUM(s) store(acc + (t * n + n0 + s) * W, sum_##s);
 
 // Pass B, backward in time: carries g, sums dB, dx, dd and, when asked for, dA.
-#define LOAD_G(s, v) vf g##s##v = load(g + s * width + v * W);
-#define STORE_G(s, v) store(g + s * width + v * W, g##s##v);
-#define BACK(s, v)                                              \
-  {                                                             \
-    g##s##v += dy##v * ct[s];                                   \
-    dx##v += g##s##v * bt[s];                                   \
-    sum_##s += g##s##v * x##v;                                  \
-    g##s##v *= load(as + (t * S + s) * TILE + v * W);           \
+#define LOAD_G(s, v) vf g##s##v = load(g + s * PANEL + v * W);
+#define STORE_G(s, v) store(g + s * PANEL + v * W, g##s##v);
+#define BACK(s, v)                                                 \
+  {                                                                \
+    g##s##v += dy##v * ct[s];                                      \
+    dx##v += g##s##v * bt[s];                                      \
+    sum_##s += g##s##v * x##v;                                     \
+    g##s##v *= load(as + (t * S + s) * TILE + v * W);              \
     const vf gh = g##s##v * load(hs + (t * S + s) * TILE + v * W); \
-    dd##v += gh * load(A2 + s * width + v * W);                 \
-    if (with_A) {                                               \
-      float* p = dA + s * width + v * W;                        \
-      store(p, load(p) + gh * load(d + t * TILE + v * W));      \
-    }                                                           \
+    dd##v += gh * load(A2 + s * PANEL + v * W);                    \
+    if (with_A) {                                                  \
+      float* p = dA + s * PANEL + v * W;                           \
+      store(p, load(p) + gh * load(k.d + c + t * PANEL + v * W));  \
+    }                                                              \
   }
-#define LOAD_BACK(s, v)                          \
-  const vf x##v = load(x + t * TILE + v * W);    \
-  const vf dy##v = load(dy + t * TILE + v * W);  \
-  vf dx##v = load(dx + t * TILE + v * W);        \
-  vf dd##v = load(dd + t * TILE + v * W);
-#define STORE_BACK(s, v)                   \
-  store(dx + t * TILE + v * W, dx##v);     \
-  store(dd + t * TILE + v * W, dd##v);
-
-#define SUMS_1(M) M(0)
-#define SUMS_4(M) M(0) M(1) M(2) M(3)
+#define LOAD_BACK(s, v)                                 \
+  const vf x##v = load(k.x + c + t * PANEL + v * W);    \
+  const vf dy##v = load(k.dy + c + t * PANEL + v * W);  \
+  vf dx##v = load(k.dx + c + t * PANEL + v * W);        \
+  vf dd##v = load(k.dd + c + t * PANEL + v * W);
+#define STORE_BACK(s, v)                         \
+  store(k.dx + c + t * PANEL + v * W, dx##v);    \
+  store(k.dd + c + t * PANEL + v * W, dd##v);
 
 #define BACKWARD(NAME, STATES, FOR, SUMS)                                                                               \
-  void NAME##_keep(int64_t steps, int64_t width, const float* A2, const float* const* b, int64_t n0, int64_t n,         \
-                   const float* d, const float* x, const float* dy, float* h, float* as, float* hs, float* acc) {       \
+  template <bool gated>                                                                                                 \
+  void NAME##_keep(const Chunk& now, int64_t n0, int64_t n, const float* A2, const Planes& k, int64_t c, float* h,      \
+                   float* as, float* hs, float* acc) {                                                                  \
     constexpr int S = STATES;                                                                                           \
     FOR(LOAD_H)                                                                                                         \
-    for (int64_t t = 0; t < steps; ++t) {                                                                               \
-      const float* bt = b[t] + n0;                                                                                      \
-      FOR_1(LOAD_DXG)                                                                                                   \
+    for (int64_t t = 0; t < now.steps; ++t) {                                                                           \
+      const float* bt = now.b[t] + n0;                                                                                  \
+      FOR_1(LOAD_KEEP)                                                                                                  \
       SUMS(LOAD_SUM)                                                                                                    \
       FOR(KEEP)                                                                                                         \
       SUMS(STORE_SUM)                                                                                                   \
+      FOR_1(STORE_KEEP)                                                                                                 \
     }                                                                                                                   \
   }                                                                                                                     \
   template <bool with_A>                                                                                                \
-  void NAME##_back(int64_t steps, int64_t width, const float* A2, const float* const* b, const float* const* c,         \
-                   int64_t n0, int64_t n, const float* d, const float* x, const float* dy, const float* as,             \
-                   const float* hs, float* g, float* acc, float* dx, float* dd, float* dA) {                            \
+  void NAME##_back(const Chunk& now, int64_t n0, int64_t n, const float* A2, const Planes& k, int64_t c, float* g,      \
+                   const float* as, const float* hs, float* acc, float* dA) {                                           \
     constexpr int S = STATES;                                                                                           \
-    (void)d, (void)dA;                                                                                                  \
+    (void)dA;                                                                                                           \
     FOR(LOAD_G)                                                                                                         \
-    for (int64_t t = steps - 1; t >= 0; --t) {                                                                          \
-      const float *bt = b[t] + n0, *ct = c[t] + n0;                                                                     \
+    for (int64_t t = now.steps - 1; t >= 0; --t) {                                                                      \
+      const float *bt = now.b[t] + n0, *ct = now.c[t] + n0;                                                             \
       FOR_1(LOAD_BACK)                                                                                                  \
       SUMS(LOAD_SUM)                                                                                                    \
       FOR(BACK)                                                                                                         \
@@ -189,118 +407,86 @@ FORWARD(forward_4, FOR_4)
 BACKWARD(backward_1, 1, FOR_1, SUMS_1)
 BACKWARD(backward_4, 4, FOR_4, SUMS_4)
 
-// The tokens of a chunk in scan order, and their rows of B and C.
-struct Chunk {
-  int64_t token[T];
-  const float* b[T];
-  const float* c[T];
-  int64_t steps;
-  template <typename Args>
-  Chunk(const Args& a, const Place& at, int64_t chunk) {
-    steps = a.length - chunk * T < T ? a.length - chunk * T : T;
-    for (int64_t t = 0; t < steps; ++t) {
-      const int64_t k = chunk * T + t;
-      token[t] = a.reverse ? a.length - 1 - k : k;
-      b[t] = a.B.data + at.picture * a.B.b + token[t] * a.B.l + at.group * a.B.g;
-      c[t] = a.C.data + at.picture * a.C.b + token[t] * a.C.l + at.group * a.C.g;
-    }
+constexpr int64_t KEPT = T * 4 * TILE;  // floats of a_t, and of h_{t-1}, of one recurrence
+
+template <bool gated, bool with_A>
+void backward_task(const Scan& a, int64_t task, float* scratch) {
+  const Place at(a, task);
+  const int64_t e = a.channels, n = a.n, chunks = (a.length + T - 1) / T, states = n * PANEL;
+  float *A2 = scratch, *g = A2 + PANELS * states, *dA = g + PANELS * states, *offset = dA + PANELS * states;
+  float *doffset = offset + PANELS * states, *h = doffset + PANELS * states, *as = h + states, *hs = as + KEPT;
+  float *accB = hs + KEPT, *accC = accB + T * n * W;
+  const Planes planes(accC + T * n * W);
+  clear(dA, PANELS * states);
+  clear(doffset, PANELS * states);
+  clear(planes.d, Planes::FLOATS);
+  for (int64_t p = at.first; p < at.end; ++p) {
+    const int64_t channel = at.from(p), count = at.count(p), k = (p - at.first) * states;
+    gather(a.A2 + channel, e, n, count, A2 + k);
+    gather(a.dlast ? a.dlast + at.picture * n * e + channel : nullptr, e, n, count, g + k);
+    if (a.offset) gather(a.offset + channel, e, n, count, offset + k);
+    for (float* total : {a.dD, a.ddelta_bias, a.dbias})
+      if (total) clear(total + at.picture * e + channel, count);
   }
-};
-
-}  // namespace
-
-int scan_forward(const ScanForward& a) {
-  const int64_t e = a.channels, n = a.n, chunks = (a.length + T - 1) / T;
-  const int64_t tasks = a.batch * a.groups * blocks_of(e, a.groups);
-  const int64_t floats = 2 * n * padded(BLOCK) + 4 * T * TILE;
-  return parallel(tasks, a.threads, floats, [&](int64_t task, float* scratch) {
-    const Place at = place(task, e, a.groups);
-    const int64_t width = padded(at.count);
-    float *A2 = scratch, *h = A2 + n * width, *d = h + n * width, *x = d + T * TILE, *u = x + T * TILE, *y = u + T * TILE;
-    copy_rows(a.A2, e, n, at.first, at.count, A2, width);
-    copy_rows(a.h0 ? a.h0 + at.picture * a.h0_b : nullptr, e, n, at.first, at.count, h, width);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Chunk now(a, at, chunk);
-      if (a.states) write_rows(h, width, n, a.states + (at.picture * chunks + chunk) * n * e, e, at.first, at.count);
-      for (int64_t c = 0; c < at.count; c += TILE) {
-        prologue(a.u, a.delta, a.delta_bias, a.softplus, at, c, now.token, now.steps, d, x, u, nullptr);
-        for (int v = 0; v < V; ++v) {
-          const vf D = a.D ? load_part(a.D + at.first + c + v * W, at.count - c - v * W) : vf{};
-          for (int64_t t = 0; t < now.steps; ++t) store(y + t * TILE + v * W, D * load(u + t * TILE + v * W));
-        }
-        int64_t s = 0;
-        for (; s + 4 <= n; s += 4) forward_4(now.steps, width, A2 + s * width + c, now.b, now.c, s, d, x, y, h + s * width + c);
-        for (; s < n; ++s) forward_1(now.steps, width, A2 + s * width + c, now.b, now.c, s, d, x, y, h + s * width + c);
-        for (int64_t t = 0; t < now.steps; ++t) {
-          float* row = a.y + (at.picture * a.length + now.token[t]) * e + at.first + c;
-          for (int v = 0; v < V; ++v) store_part(row + v * W, load(y + t * TILE + v * W), at.count - c - v * W);
-        }
+  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+    const Chunk now(a, at, chunk);
+    clear(accB, 2 * T * n * W);
+    for (int64_t p = at.first; p < at.end; ++p) {
+      const int64_t k = (p - at.first) * states, next = p + 1 < at.end ? at.from(p + 1) : at.from(at.first);
+      const int64_t ahead = p + 1 < at.end ? 0 : a.reverse ? T : -T;
+      copy(h, a.states + ((at.picture * chunks + chunk) * at.panels * a.groups + at.group * at.panels + p) * states, states);
+      backward_prologue(a, at, now, p, planes);
+      if (a.offset) {
+        if (gated) read_offset(now, n, offset + k, planes.y);
+        backward_offset(now, n, offset + k, planes.dy, accC, doffset + k);
       }
-    }
-    write_rows(h, width, n, a.last + at.picture * n * e, e, at.first, at.count);
-  });
-}
-
-int scan_backward(const ScanBackward& a) {
-  const int64_t e = a.channels, n = a.n, chunks = (a.length + T - 1) / T, blocks = blocks_of(e, a.groups);
-  const int64_t tasks = a.batch * a.groups * blocks;
-  const int64_t floats = 4 * n * padded(BLOCK) + 7 * T * TILE + 2 * T * 4 * TILE + 2 * T * n * W;
-  return parallel(tasks, a.threads, floats, [&](int64_t task, float* scratch) {
-    const Place at = place(task, e, a.groups);
-    const int64_t width = padded(at.count), tile = T * TILE;
-    float *A2 = scratch, *h = A2 + n * width, *g = h + n * width, *dA = g + n * width;
-    float *d = dA + n * width, *x = d + tile, *u = x + tile, *slope = u + tile, *dy = slope + tile, *dx = dy + tile;
-    float *dd = dx + tile, *as = dd + tile, *hs = as + 4 * tile, *accB = hs + 4 * tile, *accC = accB + T * n * W;
-    copy_rows(a.A2, e, n, at.first, at.count, A2, width);
-    copy_rows(a.dlast ? a.dlast + at.picture * n * e : nullptr, e, n, at.first, at.count, g, width);
-    copy_rows(nullptr, 0, n, 0, 0, dA, width);
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-      const Chunk now(a, at, chunk);
-      copy_rows(a.states + (at.picture * chunks + chunk) * n * e, e, n, at.first, at.count, h, width);
-      std::memset(accB, 0, sizeof(float) * 2 * T * n * W);
-      for (int64_t c = 0; c < at.count; c += TILE) {
-        prologue(a.u, a.delta, a.delta_bias, a.softplus, at, c, now.token, now.steps, d, x, u, slope);
-        for (int64_t t = 0; t < now.steps; ++t) {
-          const float* row = a.dy.data + at.picture * a.dy.b + now.token[t] * a.dy.l + at.first + c;
-          for (int v = 0; v < V; ++v) store(dy + t * TILE + v * W, load_part(row + v * W, at.count - c - v * W));
-        }
-        std::memset(dx, 0, sizeof(float) * 2 * tile);
+      int64_t asked = 0;
+      for (int64_t c = 0, count = at.count(p); c < count; c += TILE) {
         for (int64_t s = 0; s < n;) {
-          const int64_t o = s * width + c;
+          for (const int64_t until = asked + 4; asked < until && asked < now.steps; ++asked) {
+            const int64_t token = now.token[asked] + ahead;
+            if (token >= 0 && token < a.length) prefetch<BACKWARD_ROWS>(a, at, token, next);
+          }
+          const int64_t o = s * PANEL + c;
           if (s + 4 <= n) {
-            backward_4_keep(now.steps, width, A2 + o, now.b, s, n, d, x, dy, h + o, as, hs, accC);
-            if (a.dA) backward_4_back<true>(now.steps, width, A2 + o, now.b, now.c, s, n, d, x, dy, as, hs, g + o, accB, dx, dd, dA + o);
-            else backward_4_back<false>(now.steps, width, A2 + o, now.b, now.c, s, n, d, x, dy, as, hs, g + o, accB, dx, dd, dA + o);
+            backward_4_keep<gated>(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
+            backward_4_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 4;
           } else {
-            backward_1_keep(now.steps, width, A2 + o, now.b, s, n, d, x, dy, h + o, as, hs, accC);
-            if (a.dA) backward_1_back<true>(now.steps, width, A2 + o, now.b, now.c, s, n, d, x, dy, as, hs, g + o, accB, dx, dd, dA + o);
-            else backward_1_back<false>(now.steps, width, A2 + o, now.b, now.c, s, n, d, x, dy, as, hs, g + o, accB, dx, dd, dA + o);
+            backward_1_keep<gated>(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
+            backward_1_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 1;
           }
         }
-        for (int v = 0; v < V; ++v) {
-          const int64_t left = at.count - c - v * W;
-          const vf D = a.D ? load_part(a.D + at.first + c + v * W, left) : vf{};
-          for (int64_t t = 0; t < now.steps; ++t) {
-            const int64_t k = t * TILE + v * W, row = (at.picture * a.length + now.token[t]) * e + at.first + c + v * W;
-            const vf dxt = load(dx + k);
-            store_part(a.du + row, dxt * load(d + k) + D * load(dy + k), left);
-            store_part(a.ddelta + row, load(slope + k) * (dxt * load(u + k) + load(dd + k) * LN2), left);
-          }
-        }
       }
-      for (int64_t t = 0; t < now.steps; ++t) {
-        const int64_t row = ((at.block * a.batch + at.picture) * a.length + now.token[t]) * a.groups + at.group;
-        for (int64_t s = 0; s < n; ++s) {
-          a.dB[row * n + s] = sum(load(accB + (t * n + s) * W));
-          a.dC[row * n + s] = sum(load(accC + (t * n + s) * W));
-        }
-      }
+      backward_epilogue(a, at, now, p, planes);
     }
-    if (a.dA) write_rows(dA, width, n, a.dA + at.picture * n * e, e, at.first, at.count);
-    if (a.dh0) write_rows(g, width, n, a.dh0 + at.picture * n * e, e, at.first, at.count);
-  });
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t row = ((at.block * a.batch + at.picture) * a.length + now.token[t]) * a.groups + at.group;
+      sum_rows(accB + t * n * W, n, a.dB + row * n);
+      sum_rows(accC + t * n * W, n, a.dC + row * n);
+    }
+  }
+  for (int64_t p = at.first; p < at.end; ++p) {
+    const int64_t k = (p - at.first) * states, count = at.count(p), o = at.picture * n * e + at.from(p);
+    if (a.dA) scatter(dA + k, n, count, a.dA + o, e);
+    if (a.doffset) scatter(doffset + k, n, count, a.doffset + o, e);
+    if (a.dh0) scatter(g + k, n, count, a.dh0 + o, e);
+  }
+}
+
+}  // namespace
+
+int scan_forward(const Scan& a) {
+  const int64_t floats = 3 * PANELS * a.n * PANEL + 3 * PLANE;
+  return parallel(tasks_of(a), a.threads, floats, [&](int64_t task, float* scratch) { forward_task(a, task, scratch); });
+}
+
+int scan_backward(const Scan& a) {
+  const int64_t floats = (5 * PANELS + 1) * a.n * PANEL + 2 * KEPT + 2 * T * a.n * W + Planes::FLOATS;
+  const auto task = a.z.data ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
+                             : (a.dA ? backward_task<false, true> : backward_task<false, false>);
+  return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
 }
 
 }  // namespace SVP_NS

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #ifndef _OPENMP
 #include <atomic>
+#include <exception>
 #include <thread>
 #include <vector>
 #endif
@@ -13,12 +14,12 @@ namespace svp {
 
 // 64-byte aligned floats for one thread; null when memory is out.
 struct Scratch {
-  float* data;
-  explicit Scratch(int64_t count) {
-    void* p = nullptr;
-    data = posix_memalign(&p, 64, static_cast<size_t>(count) * sizeof(float)) == 0 ? static_cast<float*>(p) : nullptr;
+  void* block;
+  float* data = nullptr;
+  explicit Scratch(int64_t count) : block(std::malloc(static_cast<size_t>(count) * sizeof(float) + 64)) {
+    if (block) data = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(block) + 63) & ~uintptr_t{63});
   }
-  ~Scratch() { free(data); }
+  ~Scratch() { std::free(block); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };
@@ -57,7 +58,10 @@ int parallel(int64_t tasks, int threads, int64_t floats, Work work) {
     for (int64_t task; (task = next++) < tasks;) work(task, scratch.data);
   };
   std::vector<std::thread> team;
-  for (int i = 1; i < threads; ++i) team.emplace_back(run);
+  try {
+    for (int i = 1; i < threads; ++i) team.emplace_back(run);
+  } catch (const std::exception&) {  // no more threads to be had: those that are do it
+  }
   run();
   for (auto& member : team) member.join();
   failed = out;

@@ -43,44 +43,49 @@ SVP_INLINE void store_part(float* p, vf v, int64_t count) {
   else if (count > 0) std::memcpy(p, &v, count * sizeof(float));
 }
 
-SVP_INLINE float sum(vf v) {  // in a fixed order
-  float s = 0;
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  s = v[0];
-  return s;
-}
-
 SVP_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
-// 2^r for r in [0, 1): relative error 7.5e-8 before rounding, by a minimax polynomial of our own.
-SVP_INLINE vf exp2_fraction(vf r) {
-  vf p = r * 0x1.ec32100000000p-10f + 0x1.26900e0000000p-7f;
-  p = r * p + 0x1.c954460000000p-5f;
-  p = r * p + 0x1.ebd5a80000000p-3f;
-  p = r * p + 0x1.62e4f60000000p-1f;
-  return r * p + 0x1.fffffe0000000p-1f;
-}
-
-// 2^t; below 2^-126 zero (AVX-512: gradual), from 2^128 on infinity.
-SVP_INLINE vf exp2v(vf t) {
+// 2^t, exact at 0. t = k + r with k the nearest multiple of 1 / PARTS: 2^k by table and exponent, 2^r - 1 by a minimax
+// polynomial of our own whose error vanishes with r, so that a slow state forgets at the right pace.
 #if SVP_LEVEL == 2
-  const vf r = (vf)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
-  return (vf)_mm512_scalef_ps((__m512)exp2_fraction(r), (__m512)t);
+constexpr int PARTS = 16;  // polynomial 2e-9
+alignas(64) static const float ROOTS[16] = {
+    0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+    0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+#elif SVP_LEVEL == 1
+constexpr int PARTS = 8;  // polynomial 2.6e-8
+alignas(32) static const float ROOTS[8] = {0x1.000000p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
+                                           0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
 #else
-  const vi tiny = t < splat(-126.0f);
-  t = select(t > splat(128.0f), splat(128.0f), t);
-  t = select(tiny, splat(-126.0f), t);
-#if SVP_LEVEL == 1
-  const vf whole = (vf)_mm256_floor_ps((__m256)t);
-  const vi power = (vi)_mm256_cvttps_epi32((__m256)whole);
-#else
-  vf whole = __builtin_convertvector(__builtin_convertvector(t, vi), vf);
-  whole -= select(whole > t, splat(1.0f), vf{});
-  const vi power = __builtin_convertvector(whole, vi);
+constexpr int PARTS = 1;  // polynomial 4e-9
 #endif
-  const vf scale = (vf)((power + 127) << 23);
-  return select(tiny, vf{}, exp2_fraction(t - whole) * scale);
+
+SVP_INLINE vf exp2v(vf t) {
+  constexpr float SHIFT = 0x1.8p+23f / PARTS;  // its last bit is 1 / PARTS
+#if SVP_LEVEL == 2  // t finite; underflow is gradual
+  const vf shifted = t + SHIFT, k = shifted - SHIFT, r = t - k;
+  const vf root = (vf)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(ROOTS));
+  const vf p = ((r * 0x1.c6acdap-5f + 0x1.ebfff4p-3f) * r + 0x1.62e430p-1f) * r;
+  return (vf)_mm512_scalef_ps((__m512)(p * root + root), (__m512)k);
+#else  // zero below 2^-125, infinity from 2^128 on
+  const vi tiny = t < splat(-125.0f);
+  t = select(t > splat(128.0f), splat(128.0f), t);
+  t = select(tiny, splat(-125.0f), t);
+  const vf shifted = t + SHIFT, r = t - (shifted - SHIFT);
+#if SVP_LEVEL == 1
+  const vf root = (vf)_mm256_permutevar8x32_ps((__m256)load(ROOTS), (__m256i)shifted);
+  const vf p = ((r * 0x1.c6b0e2p-5f + 0x1.ec0c1ep-3f) * r + 0x1.62e430p-1f) * r, a = p * root + root;
+  const vi power = ((vi)shifted << 20) & ~0x7fffff;
+#else
+  vf p = r * 0x1.415fcap-13f + 0x1.5f0934p-10f;
+  p = r * p + 0x1.3b2dfap-7f;
+  p = r * p + 0x1.c6af7ap-5f;
+  p = r * p + 0x1.ebfbdcp-3f;
+  p = r * p + 0x1.62e430p-1f;
+  const vf a = r * p + 1.0f;
+  const vi power = (vi)shifted << 23;
+#endif
+  return select(tiny, vf{}, (vf)((vi)a + power));
 #endif
 }
 
@@ -88,9 +93,18 @@ constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
 SVP_INLINE vf expv(vf x) { return exp2v(x * LOG2E); }
 
+SVP_INLINE vf reciprocal(vf x) {  // of a finite number from 1 on
+#if SVP_LEVEL == 2
+  const vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  return y * (1.0f - x * y) + y;
+#else
+  return 1.0f / x;
+#endif
+}
+
 // log(1 + w) for w in [0, 1], relatively exact: 2 atanh(s), s = w / (2 + w) <= 1/3.
 SVP_INLINE vf log1p_unit(vf w) {
-  const vf s = w / (w + 2.0f), q = s * s;
+  const vf s = w * reciprocal(w + 2.0f), q = s * s;
   vf p = q * (2.0f / 15) + (2.0f / 13);
   p = q * p + (2.0f / 11);
   p = q * p + (2.0f / 9);
@@ -106,8 +120,37 @@ SVP_INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 SVP_INLINE vf softplus(vf x, vf* slope = nullptr) {
   const vf w = expv(-absolute(x));
   const vi positive = x > vf{};
-  if (slope) *slope = select(positive, splat(1.0f), w) / (w + 1.0f);
+  if (slope) *slope = select(positive, splat(1.0f), w) * reciprocal(w + 1.0f);
   return select(positive, x, vf{}) + log1p_unit(w);
 }
 
-SVP_INLINE vf sigmoid(vf x) { return 1.0f / (expv(-x) + 1.0f); }
+SVP_INLINE vf sigmoid(vf x) {
+  const vf w = expv(-absolute(x));
+  return select(x > vf{}, splat(1.0f), w) * reciprocal(w + 1.0f);
+}
+
+// The lanes' sum of `count` vectors, in an order fixed by W alone.
+SVP_INLINE void sum_rows(const float* rows, int64_t count, float* sums) {
+  int64_t i = 0;
+#if SVP_LEVEL == 2
+  const auto pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const auto fours = [&](const float* p) {  // in each 128 bits the part of four sums
+    const __m512d ab = (__m512d)pairs(_mm512_load_ps(p), _mm512_load_ps(p + 16));
+    const __m512d cd = (__m512d)pairs(_mm512_load_ps(p + 32), _mm512_load_ps(p + 48));
+    return _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+  };
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  for (; i + 16 <= count; i += 16) {
+    const float* p = rows + i * W;
+    _mm512_storeu_ps(sums + i, fold(fold(fours(p), fours(p + 64)), fold(fours(p + 128), fours(p + 192))));
+  }
+#endif
+  for (; i < count; ++i) {
+    vf v = load(rows + i * W);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
+    sums[i] = v[0];
+  }
+}

@@ -12,7 +12,7 @@ KERNELS = (  # the fastest first; the last row answers everywhere
     Kernel(
         "cpu", "svp.ops.selective_scan.cpu:scan", "cpu", (torch.float32, torch.bfloat16, torch.float16), max_state=256
     ),
-    Kernel("reference", "svp.ops.selective_scan.reference:scan", complex_A=True),
+    Kernel("reference", "svp.ops.selective_scan.reference:scan", complex_A=True, constant_BC=True),
 )
 
 
@@ -55,7 +55,7 @@ def selective_scan(
     """
     B, C = _grouped(B), _grouped(C)
     _check(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias)
-    scan = pick(KERNELS, kernel, u, _widest(A, B, C))
+    scan = pick(KERNELS, kernel, u, _widest(A, B, C), constant_BC=B.dim() == 2 or C.dim() == 2)
     y, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, offset, bias, reverse)
     return (y, last) if return_last_state else y
 

@@ -1,0 +1,169 @@
+"""The convolution's kernels against its reference in float64, and what must hold of any of them."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support import assert_close
+from svp.errors import SvpError
+from svp.ops import causal_conv1d, causal_conv1d_fn, native
+
+compiled = pytest.mark.skipif(not native.available, reason=native.reason)
+
+
+@pytest.fixture(params=native.levels() or ["none"])
+def isa(request):
+    """Each instruction-set level of this machine in turn."""
+    if not native.available:
+        pytest.skip(native.reason)
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def random_inputs(b, l, e, taps, seed=0, leave_out=()):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"x": (b, l, e), "weight": (e, taps), "bias": (e,), "past": (b, e, taps - 1)}
+    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items() if k not in leave_out}
+
+
+def run_with_grads(inputs, dtype, kernel, frozen=(), **options):
+    leaves = {name: t.to(dtype).detach().requires_grad_(name not in frozen) for name, t in inputs.items()}
+    y = causal_conv1d(**leaves, kernel=kernel, **options)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
+    (y * weight).sum().backward()
+    return {"y": y.detach(), **{f"d{name}": t.grad for name, t in leaves.items() if name not in frozen}}
+
+
+def compare(inputs, frozen=(), **options):
+    want = run_with_grads(inputs, torch.float64, "reference", frozen, **options)
+    got = run_with_grads(inputs, torch.float32, "cpu", frozen, **options)
+    for name, t in want.items():
+        assert_close(got[name].double(), t, name, 5e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    "b,l,e,taps", [(1, 1, 1, 4), (2, 2, 70, 4), (2, 63, 65, 4), (1, 197, 17, 3), (1, 40, 3, 1), (1, 70, 33, 7)]
+)
+def test_kernel_is_the_reference(isa, b, l, e, taps, activation, reverse):
+    compare(random_inputs(b, l, e, taps), activation=activation, reverse=reverse)
+
+
+@compiled
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    b=st.integers(0, 2), l=st.sampled_from([0, 1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 35, 196, 197]), e=st.integers(1, 80),
+    taps=st.sampled_from([1, 2, 3, 4, 4, 5]), seed=st.integers(0, 99), silu=st.booleans(), reverse=st.booleans(),
+    leave_out=st.sets(st.sampled_from(["bias", "past"])), frozen=st.sets(st.sampled_from(["weight", "bias", "past"])),
+)  # fmt: skip
+def test_any_shape(b, l, e, taps, seed, silu, reverse, leave_out, frozen):
+    inputs = random_inputs(b, l, e, taps, seed, leave_out)
+    compare(inputs, frozen, activation="silu" if silu else None, reverse=reverse)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_it_is_torchs_convolution(kernel):
+    t = {name: t.float() for name, t in random_inputs(2, 11, 6, 4, leave_out=("past",)).items()}
+    want = F.conv1d(t["x"].mT, t["weight"][:, None], t["bias"], padding=3, groups=6)[..., :11].mT
+    assert_close(causal_conv1d(**t, kernel=kernel), want, "y", 1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_reverse_is_a_flip_on_both_sides(kernel):
+    t = {name: t.float() for name, t in random_inputs(2, 11, 6, 4).items()}
+    want = causal_conv1d(**t | {"x": t["x"].flip(1)}, kernel=kernel).flip(1)
+    assert_close(causal_conv1d(**t, reverse=True, kernel=kernel), want, "y", 1e-6)
+
+
+def test_threads_change_nothing(isa):
+    inputs = random_inputs(3, 50, 300, 4)
+    try:
+        torch.set_num_threads(1)
+        want = run_with_grads(inputs, torch.float32, "cpu", activation="silu")
+        torch.set_num_threads(3)
+        got = run_with_grads(inputs, torch.float32, "cpu", activation="silu")
+    finally:
+        torch.set_num_threads(2)
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name
+
+
+@compiled
+def test_views_are_read_in_place():
+    t = {name: t.float() for name, t in random_inputs(2, 11, 34, 4).items()}
+    wide = torch.cat([t["x"], t["x"]], -1)
+    assert torch.equal(causal_conv1d(**t | {"x": wide[..., 34:]}), causal_conv1d(**t))
+    row = t["x"][:1, :1].expand(2, 11, 34)
+    assert torch.equal(causal_conv1d(**t | {"x": row}), causal_conv1d(**t | {"x": row.clone()}))
+
+
+def test_gradients_of_the_reference():
+    inputs = {name: t.requires_grad_() for name, t in random_inputs(1, 4, 2, 3).items()}
+    names = list(inputs)
+    assert torch.autograd.gradcheck(
+        lambda *t: causal_conv1d(**dict(zip(names, t, strict=True)), activation="silu"), list(inputs.values())
+    )
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at it itself
+@pytest.mark.parametrize("leave_out", [(), ("bias", "past")])
+def test_the_op_is_what_torch_expects(leave_out):
+    import_module("svp.ops.causal_conv1d.cpu")  # registers the op
+
+    inputs = random_inputs(2, 11, 5, 4, leave_out=leave_out)
+    args = [
+        inputs[name].float().requires_grad_() if name in inputs else None for name in ("x", "weight", "bias", "past")
+    ]
+    torch.library.opcheck(torch.ops.svp.conv_cpu.default, (*args, True, False))
+
+
+@compiled
+def test_a_second_derivative_is_refused_in_words():
+    t = {name: t.float().requires_grad_() for name, t in random_inputs(1, 5, 3, 4).items()}
+    (grad,) = torch.autograd.grad(causal_conv1d(**t, kernel="cpu").sum(), t["x"], create_graph=True)
+    with pytest.raises(SvpError, match="second derivatives"):
+        grad.sum().backward()
+
+
+def test_the_drop_in_knows_states_and_both_places_of_the_activation():
+    t = {name: t.float() for name, t in random_inputs(2, 11, 6, 4).items()}
+    want = causal_conv1d(**t, activation="silu")
+    x = t["x"].mT
+    got, final = causal_conv1d_fn(
+        x, t["weight"], t["bias"], initial_states=t["past"], return_final_states=True, activation="silu"
+    )
+    assert_close(got.mT, want, "y", 1e-6)
+    assert torch.equal(final, x[..., -3:])
+    assert torch.equal(
+        causal_conv1d_fn(x, t["weight"], t["bias"], "silu"),
+        causal_conv1d_fn(x, t["weight"], t["bias"], activation="silu"),
+    )
+    with pytest.raises(SvpError, match="seq_idx"):
+        causal_conv1d_fn(x, t["weight"], t["bias"], seq_idx=torch.zeros(2, 11))
+
+
+def test_wrong_shapes_are_named():
+    x = torch.zeros(1, 3, 5)
+    with pytest.raises(SvpError, match="weight"):
+        causal_conv1d(x, torch.zeros(4, 4))
+    with pytest.raises(SvpError, match="past"):
+        causal_conv1d(x, torch.zeros(5, 4), past=torch.zeros(1, 5, 4))
+    with pytest.raises(SvpError, match="relu"):
+        causal_conv1d(x, torch.zeros(5, 4), activation="relu")

@@ -1,0 +1,337 @@
+"""The scan's kernels against its reference in float64, and what must hold of any of them."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support import assert_close
+from svp.errors import SvpError
+from svp.ops import native, selective_scan, selective_scan_fn
+
+compiled = pytest.mark.skipif(not native.available, reason=native.reason)
+OUT, GRAD = 5e-6, 2e-5  # float32 against the float64 reference, relative to the largest entry
+
+
+@pytest.fixture(params=native.levels() or ["none"])
+def isa(request):
+    """Each instruction-set level of this machine in turn."""
+    if not native.available:
+        pytest.skip(native.reason)
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    """torch.empty holds NaN while our ops run: an element that a kernel forgets is found."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def scan(**options):
+    """selective_scan as the networks call it."""
+    return selective_scan(delta_softplus=True, **options)
+
+
+def random_inputs(b, l, e, n, groups=1, seed=0, leave_out=(), spread=1.0):
+    """Seeded float64 inputs of the scan by name; B, C (b, l, n), or (b, l, g, n) for several groups."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    per_token = (b, l, n) if groups == 1 else (b, l, groups, n)
+    inputs = {
+        "u": normal(b, l, e), "delta": spread * normal(b, l, e) - 1, "A": -torch.exp(normal(e, n)),
+        "B": normal(*per_token), "C": normal(*per_token), "D": normal(e), "z": normal(b, l, e),
+        "delta_bias": 0.5 * normal(e), "h0": normal(b, e, n), "offset": normal(e, n), "bias": normal(e),
+    }  # fmt: skip
+    return {name: t for name, t in inputs.items() if name not in leave_out}
+
+
+def run_with_grads(inputs, dtype, kernel, frozen=(), **options):
+    """{"y", "last", "du", …}: outputs, and gradients of a random weighting of both outputs."""
+    leaves = {name: t.to(dtype).detach().requires_grad_(name not in frozen) for name, t in inputs.items()}
+    y, last = selective_scan(**leaves, return_last_state=True, kernel=kernel, **options)
+    g = torch.Generator().manual_seed(9)
+    weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in (y, last)]
+    loss = (y * weights[0]).sum() + (last * weights[1]).sum()
+    if loss.requires_grad:
+        loss.backward()
+    grads = {f"d{n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items() if n not in frozen}
+    return {"y": y.detach(), "last": last.detach(), **grads}
+
+
+def compare(inputs, frozen=(), **options):
+    want = run_with_grads(inputs, torch.float64, "reference", frozen, **options)
+    got = run_with_grads(inputs, torch.float32, "cpu", frozen, **options)
+    for name, t in want.items():
+        assert_close(got[name].double(), t, name, OUT if name in ("y", "last") else GRAD)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "b,l,e,n,groups",
+    [(1, 1, 1, 1, 1), (2, 63, 6, 4, 1), (1, 197, 70, 16, 1), (2, 17, 65, 1, 1), (1, 33, 130, 6, 2), (1, 20, 300, 5, 1)],
+)
+def test_kernel_is_the_reference(isa, b, l, e, n, groups, reverse):
+    compare(random_inputs(b, l, e, n, groups), delta_softplus=True, reverse=reverse)
+
+
+@compiled
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    b=st.integers(0, 2), l=st.sampled_from([0, 1, 2, 15, 16, 17, 196, 197]), e=st.integers(1, 40),
+    n=st.sampled_from([1, 4, 16]), groups=st.sampled_from([1, 1, 2]), seed=st.integers(0, 99), softplus=st.booleans(),
+    reverse=st.booleans(), leave_out=st.sets(st.sampled_from(["D", "z", "delta_bias", "h0", "offset", "bias"])),
+    frozen=st.sets(st.sampled_from(["A", "D", "delta_bias", "h0", "offset", "bias", "z", "u"])),
+)  # fmt: skip
+def test_any_shape(b, l, e, n, groups, seed, softplus, reverse, leave_out, frozen):
+    inputs = random_inputs(b, l, e * groups, n, groups, seed, leave_out)
+    if not softplus:
+        inputs["delta"] = inputs["delta"].abs() * 0.3
+        inputs.pop("delta_bias", None)
+    compare(inputs, frozen, delta_softplus=softplus, reverse=reverse)
+
+
+@pytest.mark.parametrize(
+    "name,value", [("A", -1e4), ("A", -1e30), ("A", -1e-8), ("A", 0.0), ("delta", -100.0), ("delta", 30.0)]
+)
+def test_extreme_values(isa, name, value):
+    inputs = random_inputs(1, 19, 5, 3)
+    inputs[name][..., ::2] = value
+    compare(inputs, frozen=("A",), delta_softplus=True)
+
+
+def test_softplus_around_its_threshold(isa):
+    inputs = random_inputs(1, 64, 4, 2, leave_out=("delta_bias",))
+    inputs["delta"] = torch.linspace(-40, 40, 64, dtype=torch.float64)[None, :, None].repeat(1, 1, 4)
+    compare(inputs, frozen=("A",), delta_softplus=True)
+
+
+def test_a_nan_comes_out(isa):
+    inputs = {name: t.float() for name, t in random_inputs(1, 5, 20, 4).items()}
+    inputs["delta"][0, 2, 3] = float("nan")
+    y = selective_scan(**inputs, delta_softplus=True, kernel="cpu")
+    assert y[0, 2:, 3].isnan().all()
+    assert y[0, :2].isfinite().all() and y[0, :, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(isa, threads):
+    inputs = random_inputs(3, 50, 300, 16)
+    try:
+        torch.set_num_threads(1)
+        want = run_with_grads(inputs, torch.float32, "cpu", delta_softplus=True)
+        torch.set_num_threads(threads)
+        got = run_with_grads(inputs, torch.float32, "cpu", delta_softplus=True)
+    finally:
+        torch.set_num_threads(2)
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name
+
+
+@compiled
+def test_views_are_read_in_place():
+    """Column halves of a wider tensor, a transposed one, and one row repeated by stride 0."""
+    inputs = {name: t.float() for name, t in random_inputs(2, 21, 34, 4).items()}
+    want = scan(**inputs, kernel="cpu")
+    both = torch.cat([inputs["u"], inputs["z"]], dim=-1)
+    views = inputs | {"u": both[..., :34], "z": both[..., 34:], "delta": inputs["delta"].mT.contiguous().mT}
+    assert torch.equal(scan(**views, kernel="cpu"), want)
+    repeated = inputs | {name: inputs[name][:1, :1].expand_as(inputs[name]) for name in ("u", "B", "z", "delta")}
+    dense = {name: t.clone() for name, t in repeated.items()}
+    assert torch.equal(scan(**repeated, kernel="cpu"), scan(**dense, kernel="cpu"))
+
+
+@compiled
+def test_the_gradient_may_be_an_expanded_scalar():
+    inputs = {name: t.float().requires_grad_() for name, t in random_inputs(2, 9, 5, 4).items()}
+    scan(**inputs, kernel="cpu").sum().backward()
+    assert all(t.grad.isfinite().all() for t in inputs.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_half_precision_is_computed_in_float32(dtype, kernel):
+    inputs = random_inputs(1, 30, 8, 4)
+    inputs = {name: t.to(dtype) for name, t in inputs.items()}
+    want = scan(**{name: t.double() for name, t in inputs.items()}, kernel="reference")
+    got = scan(**inputs, kernel=kernel)
+    assert got.dtype == dtype
+    assert_close(got.double(), want, "y", torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_an_empty_sequence_keeps_its_state(kernel):
+    inputs = {name: t.float() for name, t in random_inputs(2, 0, 5, 4).items()}
+    y, last = scan(**inputs, return_last_state=True, kernel=kernel)
+    assert y.shape == (2, 0, 5)
+    assert torch.equal(last, inputs["h0"])
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_one_start_for_all_pictures(kernel):
+    inputs = {name: t.float() for name, t in random_inputs(3, 7, 5, 4).items()}
+    shared = inputs["h0"][:1].clone().requires_grad_()
+    each = inputs["h0"][:1].repeat(3, 1, 1).requires_grad_()
+    a, b = (scan(**inputs | {"h0": h0}, kernel=kernel) for h0 in (shared, each))
+    assert torch.equal(a, b)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    assert_close(shared.grad, each.grad.sum(0, keepdim=True), "dh0", 1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_two_halves_are_the_whole(kernel):
+    """The last state of the first half is h0 of the second; no token sees a later one."""
+    inputs = {name: t.float() for name, t in random_inputs(2, 40, 6, 4).items()}
+    whole = scan(**inputs, kernel=kernel)
+    cut = {name: t[:, :23] if t.dim() == 3 and name != "h0" else t for name, t in inputs.items()}
+    rest = {name: t[:, 23:] if t.dim() == 3 and name != "h0" else t for name, t in inputs.items()}
+    first, state = scan(**cut, return_last_state=True, kernel=kernel)
+    second = scan(**rest | {"h0": state}, kernel=kernel)
+    assert_close(torch.cat([first, second], 1), whole, "y", 1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_reverse_is_a_flip_on_both_sides(kernel):
+    inputs = {name: t.float() for name, t in random_inputs(2, 18, 6, 4).items()}
+    flipped = {name: t.flip(1) if t.dim() == 3 and name != "h0" else t for name, t in inputs.items()}
+    want = scan(**flipped, kernel=kernel).flip(1)
+    assert_close(scan(**inputs, reverse=True, kernel=kernel), want, "y", 1e-6)
+
+
+def test_gradients_of_the_reference():
+    inputs = {name: t.requires_grad_() for name, t in random_inputs(1, 4, 2, 2).items()}
+    assert torch.autograd.gradcheck(
+        lambda *t: selective_scan(**dict(zip(inputs, t, strict=True)), delta_softplus=True, return_last_state=True),
+        list(inputs.values()),
+    )
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at it itself
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("leave_out", [(), ("D", "z", "delta_bias", "h0", "offset", "bias")])
+def test_the_op_is_what_torch_expects(leave_out, reverse):
+    import_module("svp.ops.selective_scan.cpu")  # registers the op
+
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0", "offset", "bias")
+    inputs = random_inputs(2, 18, 5, 4, 1, leave_out=leave_out)
+    inputs["B"], inputs["C"] = inputs["B"][:, :, None], inputs["C"][:, :, None]
+    args = [inputs[name].float().requires_grad_() if name in inputs else None for name in names]
+    torch.library.opcheck(torch.ops.svp.scan_cpu.default, (*args, True, reverse, True))
+    torch.library.opcheck(
+        torch.ops.svp.scan_cpu.default, (*[t if t is None else t.detach() for t in args], True, reverse, False)
+    )
+
+
+@compiled
+def test_a_second_derivative_is_refused_in_words():
+    inputs = {name: t.float().requires_grad_() for name, t in random_inputs(1, 5, 3, 2).items()}
+    (grad,) = torch.autograd.grad(scan(**inputs, kernel="cpu").sum(), inputs["u"], create_graph=True)
+    with pytest.raises(SvpError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@compiled
+@pytest.mark.slow
+def test_compiles_whole_and_exports():
+    inputs = {name: t.float() for name, t in random_inputs(2, 18, 5, 4).items()}
+
+    class Net(torch.nn.Module):
+        def forward(self, u, delta, A, B, C):
+            return selective_scan(u * 2, delta, A, B, C, delta_softplus=True) + 1
+
+    args = tuple(inputs[name] for name in ("u", "delta", "A", "B", "C"))
+    want = Net()(*args)
+    compiled_net = torch.compile(Net(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled_net(*args), want)
+    trained = [t.clone().requires_grad_() for t in args]
+    compiled_net(*trained).sum().backward()
+    same = [t.clone().requires_grad_() for t in args]
+    Net()(*same).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(trained, same, strict=True))
+    program = torch.export.export(Net(), args)
+    assert any("scan_cpu" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(*args), want)
+
+
+@compiled
+def test_works_under_gradient_checkpointing():
+    inputs = {name: t.float().requires_grad_() for name, t in random_inputs(1, 20, 5, 4).items()}
+    scan(**inputs, kernel="cpu").square().sum().backward()
+    want = {name: t.grad.clone() for name, t in inputs.items()}
+    for t in inputs.values():
+        t.grad = None
+    y = torch.utils.checkpoint.checkpoint(lambda: scan(**inputs, kernel="cpu"), use_reentrant=False)
+    y.square().sum().backward()
+    assert all(torch.equal(t.grad, want[name]) for name, t in inputs.items())
+
+
+FORK = """
+import os, sys, torch
+from svp.ops import selective_scan
+torch.set_num_threads(2)
+args = [torch.rand(8, 64, 512), torch.rand(8, 64, 512), -torch.rand(512, 4), torch.rand(8, 64, 4), torch.rand(8, 64, 4)]
+want = selective_scan(*args, kernel="cpu")
+pid = os.fork()
+if pid == 0:
+    got = selective_scan(*args, kernel="cpu")
+    os._exit(0 if got[0, 0].tolist() == want[0, 0].tolist() else 3)  # torch's own parallel regions would hang here
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_answers():
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], timeout=120, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"A": torch.zeros(4, 2)}, r"u is \(1, 3, 5\) and A is \(4, 2\)"),
+        ({"delta": torch.zeros(1, 3, 4)}, r"delta is \(1, 3, 4\)"),
+        ({"B": torch.zeros(1, 2, 2)}, "B is"),
+        ({"C": torch.zeros(1, 3, 2, 2)}, "divisor of 5"),
+        ({"h0": torch.zeros(2, 5, 2)}, "h0 is"),
+        ({"D": torch.zeros(4)}, r"D is \(4,\), expected \(5,\)"),
+    ],
+)
+def test_wrong_shapes_are_named(change, message):
+    inputs = {name: t.float() for name, t in random_inputs(1, 3, 5, 2, leave_out=("h0",)).items()}
+    with pytest.raises(SvpError, match=message):
+        selective_scan(**inputs | change)
+
+
+def test_a_complex_A_or_constants_leave_the_kernel():
+    inputs = {name: t.float() for name, t in random_inputs(1, 3, 5, 2, leave_out=("offset", "h0")).items()}
+    with pytest.raises(SvpError, match="A is complex"):
+        selective_scan(**inputs | {"A": inputs["A"].to(torch.complex64)}, kernel="cpu")
+    with pytest.raises(SvpError, match="B or C is constant"):
+        selective_scan(**inputs | {"B": torch.zeros(5, 2)}, kernel="cpu")
+
+
+def test_the_drop_in_returns_the_other_layout():
+    inputs = {name: t.float() for name, t in random_inputs(2, 7, 5, 4, leave_out=("h0", "offset", "bias")).items()}
+    turned = {name: t.mT for name, t in inputs.items() if t.dim() == 3}
+    want = selective_scan(**inputs, delta_softplus=True)
+    got = selective_scan_fn(**inputs | turned, delta_softplus=True)
+    assert_close(got.mT, want, "y", 1e-6)
