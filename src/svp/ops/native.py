@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svp.errors import SvpError
 
-ABI = 2  # must equal ABI of csrc/interface.cpp
+ABI = 3  # must equal ABI of csrc/interface.cpp
 ENV = "SVP_ISA"  # forces a level by name
 # the generic source is written in vectors of 4, which are NEON's on arm64
 LEVELS = ("neon" if platform.machine().lower() in ("arm64", "aarch64") else "generic", "avx2", "avx512")
@@ -111,6 +111,19 @@ class Call:
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
         if function(ctypes.addressof(self.args)) != 0:
             raise MemoryError("the kernel's scratch memory could not be had")
+
+
+def keep_freed_memory() -> bool:
+    """Asks the C library to keep what is freed for the next tensor, for the whole process; False where it cannot be asked.
+
+    By default glibc gives large blocks back at once, and each fresh page then costs a fault: up to a third of a step on a
+    virtual machine. Programs may choose this (training, benchmarks); importing svp.ops does not.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    trim, mmap, most = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(trim, most)) and bool(mallopt(mmap, most))
 
 
 _forked = False

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int TILE = 64;      // channels of one task
 constexpr int64_t STEP = 32;  // tokens whose q is kept at a time
+constexpr int64_t AHEAD = 8;  // tokens between asking for a row and reading it
+constexpr int64_t TAPS = 4;   // of every published network; others take the slower way
 
 struct Tile {
   const Conv& a;
@@ -24,6 +26,12 @@ struct Tile {
     first = task % tiles * TILE;
     count = args.channels - first < TILE ? args.channels - first : TILE;
   }
+  bool is_fast(int64_t t) const { return t >= TAPS - 1 && a.taps == TAPS && count == TILE; }
+  void prefetch(const Rows& rows, int64_t t) const {
+    if (t < 0 || t >= a.length) return;
+    const float* row = rows.data + picture * rows.b + token(t) * rows.l + first;
+    for (int64_t c = 0; c < TILE; c += 16) __builtin_prefetch(row + c, 0, 2);
+  }
   int64_t token(int64_t t) const { return a.reverse ? a.length - 1 - t : t; }
   // x at scan position t >= -(taps - 1), lanes from channel c of the tile
   inline __attribute__((always_inline)) vf x(int64_t t, int64_t c) const {
@@ -33,11 +41,18 @@ struct Tile {
   }
 };
 
-// p at position t
-inline __attribute__((always_inline)) vf taps_at(const Tile& tile, const float* weight, vf bias, int64_t t, int64_t c) {
-  const int64_t K = tile.a.taps;
-  vf p = bias;
-  for (int64_t k = 0; k < K; ++k) p += load(weight + k * TILE + c) * tile.x(t - (K - 1) + k, c);
+// p at position t of W channels. FAST: the taps are TAPS, no past is needed and all lanes exist.
+template <bool FAST>
+SVP_INLINE vf taps_at(const Tile& tile, const float* weight, const float* bias, int64_t t, int64_t c) {
+  vf p = load(bias + c);
+  if (FAST) {
+    const int64_t back = tile.a.reverse ? tile.a.x.l : -tile.a.x.l;  // floats to the token before, in scan order
+    const float* x = tile.a.x.data + tile.picture * tile.a.x.b + tile.token(t) * tile.a.x.l + tile.first + c;
+    for (int64_t k = 0; k < TAPS; ++k) p += load(weight + k * TILE + c) * load(x + (TAPS - 1 - k) * back);
+  } else {
+    const int64_t K = tile.a.taps;
+    for (int64_t k = 0; k < K; ++k) p += load(weight + k * TILE + c) * tile.x(t - (K - 1) + k, c);
+  }
   return p;
 }
 
@@ -59,13 +74,46 @@ int conv_forward(const Conv& a) {
     copy_weight(tile, weight, bias);
     for (int64_t t = 0; t < a.length; ++t) {
       float* row = a.y + (tile.picture * a.length + tile.token(t)) * a.channels + tile.first;
-      for (int64_t c = 0; c < tile.count; c += W) {
-        const vf p = taps_at(tile, weight, load(bias + c), t, c);
-        store_part(row + c, a.silu ? p * sigmoid(p) : p, tile.count - c);
+      tile.prefetch(a.x, t + AHEAD);
+      if (tile.is_fast(t)) {
+        for (int64_t c = 0; c < TILE; c += W) {
+          const vf p = taps_at<true>(tile, weight, bias, t, c);
+          store(row + c, a.silu ? p * sigmoid(p) : p);
+        }
+      } else {
+        for (int64_t c = 0; c < tile.count; c += W) {
+          const vf p = taps_at<false>(tile, weight, bias, t, c);
+          store_part(row + c, a.silu ? p * sigmoid(p) : p, tile.count - c);
+        }
       }
     }
   });
 }
+
+namespace {
+
+// q = dL/dp at position t, and the sums of dweight and dbias when they are asked for.
+template <bool FAST>
+SVP_INLINE void backward_row(const Tile& tile, const float* weight, const float* bias, int64_t t, float* q, float* sums) {
+  const Conv& a = tile.a;
+  const float* row = a.dy.data + tile.picture * a.dy.b + tile.token(t) * a.dy.l + tile.first;
+  for (int64_t c = 0; c < (FAST ? TILE : tile.count); c += W) {
+    vf dp = FAST ? load(row + c) : load_part(row + c, tile.count - c);
+    if (a.silu) {
+      const vf p = taps_at<FAST>(tile, weight, bias, t, c), s = sigmoid(p);
+      dp *= s * (1.0f + p * (1.0f - s));
+    }
+    store(q + c, dp);
+    if (!a.dweight) continue;
+    for (int64_t k = 0; k < a.taps; ++k) {
+      float* sum = sums + k * TILE + c;
+      store(sum, load(sum) + dp * tile.x(t - (a.taps - 1) + k, c));
+    }
+    store(sums + a.taps * TILE + c, load(sums + a.taps * TILE + c) + dp);
+  }
+}
+
+}  // namespace
 
 int conv_backward(const Conv& a) {
   const int64_t K = a.taps, tasks = a.batch * ((a.channels + TILE - 1) / TILE);
@@ -78,33 +126,29 @@ int conv_backward(const Conv& a) {
     for (int64_t from = (a.length - 1) / STEP * STEP; from >= 0; from -= STEP) {
       const int64_t to = from + STEP < a.length ? from + STEP : a.length;
       for (int64_t t = from; t < to; ++t) {
-        const float* row = a.dy.data + tile.picture * a.dy.b + tile.token(t) * a.dy.l + tile.first;
-        for (int64_t c = 0; c < tile.count; c += W) {
-          vf dp = load_part(row + c, tile.count - c);
-          if (a.silu) {
-            const vf p = taps_at(tile, weight, load(bias + c), t, c), s = sigmoid(p);
-            dp *= s * (1.0f + p * (1.0f - s));
-          }
-          store(q + (t - from) * TILE + c, dp);
-          if (a.dweight) {
-            for (int64_t k = 0; k < K; ++k) {
-              float* p = sums + k * TILE + c;
-              store(p, load(p) + dp * tile.x(t - (K - 1) + k, c));
-            }
-            store(sums + K * TILE + c, load(sums + K * TILE + c) + dp);
-          }
-        }
+        tile.prefetch(a.x, t - STEP);
+        tile.prefetch(a.dy, t - STEP);
+        tile.prefetch({a.y, a.length * a.channels, a.channels, 0}, t - STEP);
+        if (tile.is_fast(t)) backward_row<true>(tile, weight, bias, t, q + (t - from) * TILE, sums);
+        else backward_row<false>(tile, weight, bias, t, q + (t - from) * TILE, sums);
       }
       // dx of the chunk; at the very start also that of the past
       for (int64_t t = from > 0 || !a.dpast ? from : 1 - K; t < to; ++t) {
         float* row = t >= 0 ? a.y + (tile.picture * a.length + tile.token(t)) * a.channels + tile.first
                             : a.dpast + (tile.picture * (K - 1) + t + K - 1) * a.channels + tile.first;
+        const float* ahead = q + (t + (K - 1) - from) * TILE;
+        if (t >= 0 && K == TAPS && tile.count == TILE) {
+          for (int64_t c = 0; c < TILE; c += W) {
+            vf dx = {};
+            for (int64_t k = 0; k < TAPS; ++k) dx += load(weight + k * TILE + c) * load(ahead - k * TILE + c);
+            store(row + c, dx);
+          }
+          continue;
+        }
         for (int64_t c = 0; c < tile.count; c += W) {
           vf dx = {};
-          for (int64_t k = 0; k < K; ++k) {
-            const int64_t s = t + (K - 1) - k;
-            if (s >= 0) dx += load(weight + k * TILE + c) * load(q + (s - from) * TILE + c);
-          }
+          for (int64_t k = 0; k < K && t + (K - 1) - k >= 0; ++k)
+            dx += load(weight + k * TILE + c) * load(ahead - k * TILE + c);
           store_part(row + c, dx, tile.count - c);
         }
       }

@@ -7,7 +7,7 @@ using namespace svp;
 
 namespace {
 
-constexpr int ABI = 2;  // python's native.py must agree
+constexpr int ABI = 3;  // python's native.py must agree
 
 bool has(int level) {
 #if defined(SVP_HAS_LEVEL_2)
@@ -30,14 +30,17 @@ int best() {
 
 int current = best();
 
+#define SVP_TABLE(LEVEL) \
+  Level { LEVEL::scan_forward, LEVEL::scan_backward, LEVEL::conv_forward, LEVEL::conv_backward, LEVEL::exponentials }
+
 Level functions() {
 #if defined(SVP_HAS_LEVEL_2)
-  if (current == 2) return {level_2::scan_forward, level_2::scan_backward, level_2::conv_forward, level_2::conv_backward};
+  if (current == 2) return SVP_TABLE(level_2);
 #endif
 #if defined(SVP_HAS_LEVEL_1)
-  if (current == 1) return {level_1::scan_forward, level_1::scan_backward, level_1::conv_forward, level_1::conv_backward};
+  if (current == 1) return SVP_TABLE(level_1);
 #endif
-  return {level_0::scan_forward, level_0::scan_backward, level_0::conv_forward, level_0::conv_backward};
+  return SVP_TABLE(level_0);
 }
 
 }  // namespace
@@ -54,3 +57,9 @@ SVP_API int svp_scan_forward(const Scan* a) { return functions().scan_forward(*a
 SVP_API int svp_scan_backward(const Scan* a) { return functions().scan_backward(*a); }
 SVP_API int svp_conv_forward(const Conv* a) { return functions().conv_forward(*a); }
 SVP_API int svp_conv_backward(const Conv* a) { return functions().conv_backward(*a); }
+
+// p (count, a multiple of 64) becomes 2^-p, over and over: the rate of exponentials, for the benchmark's floor.
+SVP_API int svp_exponentials(float* p, int64_t count, int64_t rounds) {
+  functions().exponentials(p, count, rounds);
+  return 0;
+}

@@ -16,30 +16,30 @@ struct Rows {
 
 struct Scan {
   Rows u, delta, B, C, z, dy;       // u, delta, z, dy (b, l, e); B, C (b, l, g, n); z may be null; dy: backward only
-  const float* A2;                  // (n, e)  A log2(e): kernels know powers of two only
+  const float* A;                   // (e, n)
   const float* D;                   // (e)     or null, as all that follow
   const float* delta_bias;          // (e)
   const float* bias;                // (e)
-  const float* offset;              // (n, e)
-  const float* h0;                  // (b, n, e) with h0_b floats between pictures; forward only
+  const float* offset;              // (e, n)
+  const float* h0;                  // (b, e, n) with h0_b floats between pictures; forward only
   int64_t h0_b;
   float* states;                    // (b, chunks, panels, n, PANEL) the state before each chunk of T tokens
 
   float* y;                         // (b, l, e) dense
-  float* last;                      // (b, n, e)
+  float* last;                      // (b, e, n)
 
-  const float* dlast;               // (b, n, e)
+  const float* dlast;               // (b, e, n)
   float* du;                        // (b, l, e)
   float* ddelta;                    // (b, l, e)  with respect to delta as given
   float* dz;                        // (b, l, e)
   float* dB;                        // (blocks, b, l, g, n) each task's share; the caller adds them up in order
   float* dC;
-  float* dA;                        // (b, n, e)  each picture's share; null when frozen, as all that follow
-  float* doffset;                   // (b, n, e)
+  float* dA;                        // (b, e, n)  each picture's share; null when frozen, as all that follow
+  float* doffset;                   // (b, e, n)
   float* dD;                        // (b, e)
   float* ddelta_bias;               // (b, e)
   float* dbias;                     // (b, e)
-  float* dh0;                       // (b, n, e)
+  float* dh0;                       // (b, e, n)
   int64_t batch, length, channels, groups, n;
   int softplus, reverse, threads;
 };
@@ -62,6 +62,7 @@ struct Level {
   int (*scan_backward)(const Scan&);
   int (*conv_forward)(const Conv&);
   int (*conv_backward)(const Conv&);
+  void (*exponentials)(float*, int64_t, int64_t);
 };
 
 #define SVP_DECLARE(LEVEL)               \
@@ -70,6 +71,7 @@ struct Level {
   int scan_backward(const Scan&);        \
   int conv_forward(const Conv&);         \
   int conv_backward(const Conv&);        \
+  void exponentials(float* p, int64_t count, int64_t rounds); \
   }
 SVP_DECLARE(level_0)
 SVP_DECLARE(level_1)

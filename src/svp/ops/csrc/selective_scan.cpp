@@ -117,18 +117,28 @@ SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t 
 
 int64_t whole_tiles(int64_t count) { return (count + TILE - 1) / TILE * TILE; }
 
-// (rows, e) -> a panel's (rows, PANEL) in scratch, lanes beyond `count` zero; and back
-void gather(const float* source, int64_t stride, int64_t rows, int64_t count, float* panel) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < PANEL; c += W)
-      store(panel + row * PANEL + c, source ? load_part(source + row * stride + c, count - c) : vf{});
-}
-void scatter(const float* panel, int64_t rows, int64_t count, float* target, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < count; c += W) store_part(target + row * stride + c, load(panel + row * PANEL + c), count - c);
-}
 void copy(float* target, const float* source, int64_t floats) { std::memcpy(target, source, sizeof(float) * floats); }
 void clear(float* target, int64_t floats) { std::memset(target, 0, sizeof(float) * floats); }
+
+// (e, n) from a panel's first channel on -> (n, PANEL) in scratch, lanes beyond `count` zero; and back
+void gather(const float* source, int64_t n, int64_t count, float* panel) {
+  clear(panel, n * PANEL);
+  for (int64_t c = 0; source && c < count; ++c)
+    for (int64_t s = 0; s < n; ++s) panel[s * PANEL + c] = source[c * n + s];
+}
+void scatter(const float* panel, int64_t n, int64_t count, float* target) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t s = 0; s < n; ++s) target[c * n + s] = panel[s * PANEL + c];
+}
+// A log2(e), since the kernels know powers of two only; bounded, since their exponential wants finite arguments
+void gather_A2(const float* A, int64_t n, int64_t count, float* panel) {
+  gather(A, n, count, panel);
+  for (int64_t i = 0; i < n * PANEL; i += W) {
+    vf v = load(panel + i) * LOG2E;
+    v = select(v < splat(-1e20f), splat(-1e20f), v);
+    store(panel + i, select(v > splat(1e20f), splat(1e20f), v));
+  }
+}
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
@@ -209,9 +219,9 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
   clear(d, 3 * PLANE);
   for (int64_t p = at.first; p < at.end; ++p) {
     const int64_t channel = at.from(p), count = at.count(p), k = (p - at.first) * states;
-    gather(a.A2 + channel, e, n, count, A2 + k);
-    gather(a.h0 ? a.h0 + at.picture * a.h0_b + channel : nullptr, e, n, count, h + k);
-    if (a.offset) gather(a.offset + channel, e, n, count, offset + k);
+    gather_A2(a.A + channel * n, n, count, A2 + k);
+    gather(a.h0 ? a.h0 + at.picture * a.h0_b + channel * n : nullptr, n, count, h + k);
+    if (a.offset) gather(a.offset + channel * n, n, count, offset + k);
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const Chunk now(a, at, chunk);
@@ -245,7 +255,7 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
     }
   }
   for (int64_t p = at.first; p < at.end; ++p)
-    scatter(h + (p - at.first) * states, n, at.count(p), a.last + at.picture * n * e + at.from(p), e);
+    scatter(h + (p - at.first) * states, n, at.count(p), a.last + (at.picture * e + at.from(p)) * n);
 }
 
 // -- backward ---------------------------------------------------------------------------------------------------------
@@ -422,9 +432,9 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
   clear(planes.d, Planes::FLOATS);
   for (int64_t p = at.first; p < at.end; ++p) {
     const int64_t channel = at.from(p), count = at.count(p), k = (p - at.first) * states;
-    gather(a.A2 + channel, e, n, count, A2 + k);
-    gather(a.dlast ? a.dlast + at.picture * n * e + channel : nullptr, e, n, count, g + k);
-    if (a.offset) gather(a.offset + channel, e, n, count, offset + k);
+    gather_A2(a.A + channel * n, n, count, A2 + k);
+    gather(a.dlast ? a.dlast + (at.picture * e + channel) * n : nullptr, n, count, g + k);
+    if (a.offset) gather(a.offset + channel * n, n, count, offset + k);
     for (float* total : {a.dD, a.ddelta_bias, a.dbias})
       if (total) clear(total + at.picture * e + channel, count);
   }
@@ -468,10 +478,10 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
     }
   }
   for (int64_t p = at.first; p < at.end; ++p) {
-    const int64_t k = (p - at.first) * states, count = at.count(p), o = at.picture * n * e + at.from(p);
-    if (a.dA) scatter(dA + k, n, count, a.dA + o, e);
-    if (a.doffset) scatter(doffset + k, n, count, a.doffset + o, e);
-    if (a.dh0) scatter(g + k, n, count, a.dh0 + o, e);
+    const int64_t k = (p - at.first) * states, count = at.count(p), o = (at.picture * e + at.from(p)) * n;
+    if (a.dA) scatter(dA + k, n, count, a.dA + o);
+    if (a.doffset) scatter(doffset + k, n, count, a.doffset + o);
+    if (a.dh0) scatter(g + k, n, count, a.dh0 + o);
   }
 }
 
@@ -487,6 +497,12 @@ int scan_backward(const Scan& a) {
   const auto task = a.z.data ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
                              : (a.dA ? backward_task<false, true> : backward_task<false, false>);
   return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
+}
+
+void exponentials(float* p, int64_t count, int64_t rounds) {
+  for (int64_t round = 0; round < rounds; ++round)
+    for (int64_t i = 0; i < count; i += 4 * W)
+      for (int64_t j = i; j < i + 4 * W; j += W) store(p + j, exp2v(-load(p + j)));
 }
 
 }  // namespace SVP_NS

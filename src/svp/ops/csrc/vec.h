@@ -67,10 +67,13 @@ SVP_INLINE vf exp2v(vf t) {
   const vf root = (vf)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(ROOTS));
   const vf p = ((r * 0x1.c6acdap-5f + 0x1.ebfff4p-3f) * r + 0x1.62e430p-1f) * r;
   return (vf)_mm512_scalef_ps((__m512)(p * root + root), (__m512)k);
-#else  // zero below 2^-125, infinity from 2^128 on
-  const vi tiny = t < splat(-125.0f);
+#else  // 2^-126 stands for all that is less, infinity for 2^128 and more; a NaN stays one
+#if SVP_LEVEL == 1
+  t = (vf)_mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), (__m256)t));
+#else
+  t = select(t < splat(-126.0f), splat(-126.0f), t);
   t = select(t > splat(128.0f), splat(128.0f), t);
-  t = select(tiny, splat(-125.0f), t);
+#endif
   const vf shifted = t + SHIFT, r = t - (shifted - SHIFT);
 #if SVP_LEVEL == 1
   const vf root = (vf)_mm256_permutevar8x32_ps((__m256)load(ROOTS), (__m256i)shifted);
@@ -85,7 +88,7 @@ SVP_INLINE vf exp2v(vf t) {
   const vf a = r * p + 1.0f;
   const vi power = (vi)shifted << 23;
 #endif
-  return select(tiny, vf{}, (vf)((vi)a + power));
+  return (vf)((vi)a + power);
 #endif
 }
 

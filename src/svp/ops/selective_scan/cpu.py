@@ -98,13 +98,12 @@ def _(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, 
 @impl(LIB, "scan_cpu", "CPU")
 def forward(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse, save):
     b, l, e = u.shape
-    n = A.shape[1]
-    y, last = u.new_empty(b, l, e), u.new_empty(b, n, e)
+    y, last = u.new_empty(b, l, e), u.new_empty(b, e, A.shape[1])
     states = u.new_empty(saved_shape(u, A, B) if save else (0,))
     call = _call(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse)
     call.put(y=y, last=last, states=states if save else None)
     call.run("svp_scan_forward")
-    return y, last.transpose(1, 2).contiguous(), states
+    return y, last, states
 
 
 @impl(LIB, "scan_cpu_backward", "CPU")
@@ -118,10 +117,10 @@ def backward(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset,
 
     du, ddelta, dz = one((b, l, e)), one((b, l, e)), one((b, l, e), z is not None)
     dB, dC = one((blocks, b, l, g, n)), one((blocks, b, l, g, n))  # each block's share
-    dA, doffset, dh0 = (one((b, n, e), asked) for asked in (wanted.A, wanted.offset, wanted.h0))  # each picture's share
+    dA, doffset, dh0 = (one((b, e, n), asked) for asked in (wanted.A, wanted.offset, wanted.h0))  # each picture's share
     dD, ddelta_bias, dbias = (one((b, e), asked) for asked in (wanted.D, wanted.delta_bias, wanted.bias))
     call = _call(u, delta, A, B, C, D, z, delta_bias, None, offset, bias, softplus, reverse)
-    call.put(dy=dy, dlast=_turned(dlast), states=states)
+    call.put(dy=dy, dlast=dlast, states=states)
     call.put(du=du, ddelta=ddelta, dz=dz, dB=dB, dC=dC, dA=dA, doffset=doffset, dD=dD)
     call.put(ddelta_bias=ddelta_bias, dbias=dbias, dh0=dh0)
     call.run("svp_scan_backward")
@@ -130,8 +129,8 @@ def backward(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset,
         return None if t is None else t[0] if len(t) == 1 else t.sum(0)
 
     grads = (
-        du, ddelta, _turned(summed(dA)), summed(dB), summed(dC), summed(dD), dz, summed(ddelta_bias), _turned(dh0),
-        _turned(summed(doffset)), summed(dbias),
+        du, ddelta, summed(dA), summed(dB), summed(dC), summed(dD), dz, summed(ddelta_bias), dh0,
+        summed(doffset), summed(dbias),
     )  # fmt: skip
     return tuple(u.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -172,7 +171,7 @@ register_autograd("svp::scan_cpu_backward", _no_second, lib=LIB)
 
 class _Scan(ctypes.Structure):  # kernels.h: Scan
     _fields_ = fields(
-        (Rows, "u delta B C z dy"), (ctypes.c_void_p, "A2 D delta_bias bias offset h0"), (ctypes.c_int64, "h0_b"),
+        (Rows, "u delta B C z dy"), (ctypes.c_void_p, "A D delta_bias bias offset h0"), (ctypes.c_int64, "h0_b"),
         (ctypes.c_void_p, "states y last dlast du ddelta dz dB dC dA doffset dD ddelta_bias dbias dh0"),
         (ctypes.c_int64, "batch length channels groups n"), (ctypes.c_int, "softplus reverse threads"),
     )  # fmt: skip
@@ -187,11 +186,5 @@ def _call(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, rever
             threads=threads(u), h0_b=e * n if h0 is not None and h0.shape[0] > 1 else 0,
         )
     )  # fmt: skip
-    A2 = (A * math.log2(math.e)).clamp(-1e20, 1e20)  # the kernel's exponential wants finite arguments
-    call.put(u=u, delta=delta, B=B, C=C, z=z, A2=_turned(A2), D=D, delta_bias=delta_bias, bias=bias)
-    call.put(offset=_turned(offset), h0=_turned(h0))
+    call.put(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, h0=h0, offset=offset, bias=bias)
     return call
-
-
-def _turned(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.transpose(-1, -2).contiguous()
