@@ -382,6 +382,14 @@ def load(
     return model.to(device).eval()
 
 
+def predict(
+    model: AdaptedModel | str | os.PathLike, paths: Any, *, batch_size: int = 32, top: int = 5
+) -> list[Prediction]:
+    """Label pictures (files or folders) with a model, or with the adapter in a folder."""
+    found = model if isinstance(model, AdaptedModel) else load(model)
+    return found.predict(paths, batch_size=batch_size, top=top)
+
+
 def _fill(model: AdaptedModel, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file

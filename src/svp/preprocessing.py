@@ -14,7 +14,7 @@ class Preprocessing:
     """Evaluation: shorter side to `resize` (bicubic), centre crop to `crop`, values in 0…1, minus mean, over std.
 
     crop    (H, W) pixels; what the network sees
-    resize  pixels of the shorter side before the crop, or None: round(max(crop) / 0.875)
+    resize  pixels of the shorter side before the crop, or None: max(crop) / 0.875, rounded down as timm does
     exact   True: resize straight to `crop` without keeping the aspect ratio (no crop)
     """
 

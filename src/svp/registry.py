@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -87,6 +88,16 @@ def _entries(room: Room) -> dict[str, Entry]:
             )
         found[point.name] = Entry(point.name, point.value, f"from {point.value}", point)
     return found
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """The names of the methods that match a wildcard pattern; nothing is imported."""
+    return fnmatch.filter(METHODS.entries(), pattern)
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """The names of the backbones that match a wildcard pattern, for example "vim*"; nothing is imported."""
+    return fnmatch.filter(BACKBONES.entries(), pattern)
 
 
 def method_class(name: str) -> type:

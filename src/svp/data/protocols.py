@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -58,6 +59,11 @@ PROTOCOLS = {
         source=f"{RELEASED}, the VTAB reader: train800val200 is trained on, the best test accuracy counts",
     ),
 }  # fmt: skip
+
+
+def list_protocols(pattern: str = "*") -> list[str]:
+    """The names of the rows that match a wildcard pattern."""
+    return fnmatch.filter(PROTOCOLS, pattern)
 
 
 def protocol_named(name: str | Protocol, **changes: Any) -> Protocol:

@@ -156,7 +156,7 @@ class RunFolder:
         with self.guarded("written"):
             (self.path / CHECKPOINT).mkdir(exist_ok=True)
         if best is not None:
-            self.write(self.best_file(best_epoch), best)
+            self.write(self.best_file(best_epoch).relative_to(self.path), best)
         self.write(f"{CHECKPOINT}/{STATE}", state)
         for old in (self.path / CHECKPOINT).glob("best-*.pt"):
             if old != self.best_file(best_epoch):

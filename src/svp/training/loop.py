@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svp.data.sources import open_data
+from svp.data.sources.checks import upscale_note
 from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Method, Phase, Several
@@ -108,6 +109,7 @@ def fit(
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(machine.determinism(deterministic))
+            machine.forget_peak_memory(place)
             finished = _open(folder, {**facts, **(config or {})}, resume, overwrite, team, stack)
             if finished is not None:
                 _read_back(model, folder)
@@ -471,11 +473,12 @@ class Training:
         self.report({"kind": kind, **news})
 
     def tell_notes(self) -> None:
+        for text in (*self.data.notes, upscale_note(self.data, self.model.preprocessing)):
+            if text:
+                self.tell("note", text=text)
         count = len(self.data.train)
         if self.recipe.batch_size > count:
             self.tell("note", text=f"batch_size {self.recipe.batch_size} is larger than the {count} training pictures")
-        if self.data.test is None:
-            self.tell("note", text=f"{self.data.source} has no test split: validation is reported")
         usual = default_lr(self.method)
         if not usual / 1000 <= self.recipe.base_lr <= usual * 1000:
             self.tell("note", text=f"the learning rate {self.recipe.base_lr:g} is far from this method's {usual:g}")

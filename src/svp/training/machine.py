@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -85,6 +87,17 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Count the peak anew, where the system lets it (Linux, CUDA), so that one run's does not stand in the next one's row."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def is_out_of_memory(err: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
     return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or (
@@ -139,16 +152,14 @@ def git_revision() -> str | None:
 def kernel_name(backbone: Any, device: torch.device) -> str:
     """Which selective scan answers for this backbone; "none" for one without scans."""
     from svp.ops.dispatch import environment, table
-    from svp.ops.selective_scan import KERNELS
 
-    states = [block.n for block in backbone.site().blocks if block.n]
-    if not states:
+    has_scans = any(block.n for block in backbone.site().blocks)
+    if not has_scans:
         return "none"
     wanted = environment() if backbone.kernel == "auto" else backbone.kernel
     if wanted != "auto":
         return wanted
-    u, A = torch.empty(1, 1, 1, device=device), torch.empty(1, max(states), device=device)
-    return next((row.name for row in table(KERNELS, u, A) if row.chosen), "none")
+    return next((row.name for row in table("selective_scan", device.type) if row.chosen), "none")
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

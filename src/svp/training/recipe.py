@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import pkgutil
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,11 @@ def recipes() -> dict[str, RecipeRow]:
     for module in sorted(info.name for info in pkgutil.iter_modules(folder.__path__)):
         found |= importlib.import_module(f"svp.training.recipes.{module}").RECIPES
     return found
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """The names of the rows that match a wildcard pattern."""
+    return fnmatch.filter(recipes(), pattern)
 
 
 def recipe_named(name: str) -> Recipe:

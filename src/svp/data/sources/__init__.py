@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import os
 import re
@@ -15,6 +16,7 @@ from svp.data.splits import Splits
 from svp.errors import SvpError, nearest
 
 KINDS = ("folder", "parquet", "digits")
+TASKS = {"digits": "scikit-learn's 1,797 scans of handwritten digits, 10 classes; 1,077 / 360 / 360, never flipped"}
 KNOWN = "digits, folder:DIR, parquet:DIR, or an existing folder"
 
 
@@ -38,6 +40,11 @@ def open_data(
     kind, rest = _kind(os.fspath(source))
     request = Request(os.fspath(source), rest, protocol_named(protocol), seed, on_bad_image == "skip", max_pixels)
     return importlib.import_module(f"svp.data.sources.{kind}").open_source(request)
+
+
+def list_tasks(pattern: str = "*") -> list[str]:
+    """The names of the built-in data sets that match a wildcard pattern: sources that need no folder."""
+    return fnmatch.filter(TASKS, pattern)
 
 
 def picture_files(paths: Iterable[str | os.PathLike]) -> list[Path]:

@@ -1,0 +1,82 @@
+"""How the weights in the box are made: vim_nano from random weights on a folder of Parquet files, first at half its size.
+
+    python benchmarks/pretrain_nano.py parquet:DIR OUT --epochs 3 --finish-share 0.35
+
+Two ordinary runs of `svp.fit` with method `full`; OUT gets both run folders, vim_nano.safetensors (fp16) and facts.json,
+the file from which the model card's numbers come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from svp.backbones.checkpoints import save_backbone
+from svp.backbones.create import create_backbone
+from svp.data.sources import open_data
+from svp.data.splits import Part
+from svp.model import adapt
+from svp.training.evaluate import evaluate
+from svp.training.loop import fit
+from svp.training.recipe import recipe_named
+
+
+def share(split, fraction: float, seed: int = 0):
+    """A seeded share of a split."""
+    count = round(len(split) * fraction)
+    return Part(split, index=np.sort(np.random.default_rng(seed).permutation(len(split))[:count]))
+
+
+def show(event: dict) -> None:
+    if event["kind"] in ("epoch", "note"):
+        print({k: v for k, v in event.items() if not isinstance(v, (dict, list))}, flush=True)
+
+
+def stage(net, data, recipe, out: Path):
+    """One run; -> the trained backbone, its head kept, and what the run says of itself."""
+    model = adapt(net, "full", num_classes=data.num_classes, classes=data.classes, probe=False)
+    if net.num_classes == data.num_classes and net.weights_from != "random":
+        model.head.load_state_dict(net.head.state_dict())
+    run = fit(model, data, recipe=recipe, out=out, resume=out.exists(), report=show, workers=0, checkpoint_seconds=120)
+    return model, model.merge(), run.result
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("source")
+    words.add_argument("out", type=Path)
+    words.add_argument("--epochs", type=int, default=3, help="passes at 32 pixels")
+    words.add_argument("--finish-share", type=float, default=0.35, help="share of the training pictures seen at 64 pixels")
+    words.add_argument("--threads", type=int, default=2)
+    opt = words.parse_args()
+    torch.set_num_threads(opt.threads)
+    started = time.time()
+    data = open_data(opt.source)
+    quick = data.but(val=share(data.val, 0.2))
+    net = create_backbone("vim_nano", img_size=32, num_classes=data.num_classes)
+    _, small, first = stage(net, quick, recipe_named("pretrain-nano").but(epochs=opt.epochs), opt.out / "32px")
+    save_backbone(small, opt.out / "vim_nano_32px.safetensors")
+
+    finish = recipe_named("pretrain-nano-finish").but(epochs=1)
+    large = create_backbone("vim_nano", weights=opt.out / "vim_nano_32px.safetensors")
+    model, net, second = stage(large, quick.but(train=share(data.train, opt.finish_share, 1)), finish, opt.out / "64px")
+    save_backbone(net, opt.out / "vim_nano.safetensors", torch.float16, classes=list(data.classes))
+    measured = evaluate(model, data, "val", batch_size=500)
+    facts = {
+        "backbone": "vim_nano", "parameters": sum(p.numel() for p in net.parameters()), "source": opt.source.split("/")[-1],
+        "val_accuracy": measured.accuracy, "val_top5": measured.top5, "val_pictures": len(data.val),
+        "pictures_seen": opt.epochs * len(data.train) + round(opt.finish_share * len(data.train)),
+        "seconds": time.time() - started, "threads": opt.threads,
+        "stages": [{"recipe": r["recipe"], "val_accuracy": r["val_accuracy"]} for r in (first, second)],
+    }  # fmt: skip
+    (opt.out / "facts.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
+    print(json.dumps({k: v for k, v in facts.items() if k != "stages"}, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""From words to a plan: built-in default < recipe row < config file < command line, each value with its origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svp.errors import SvpError, nearest, unknown
+from svp.options import assignments
+from svp.registry import METHODS, method_class
+from svp.training.config import read_yaml
+from svp.training.recipe import Recipe, check_version, recipe_from
+
+BACKBONE, WEIGHTS = "vim_nano", "default"
+CONFIG_KEYS = (  # of config.yaml, as a run writes it; a hand-written one may hold any part of it
+    "svp_version", "source", "protocol", "backbone", "weights", "img_size", "method", "methods", "head", "recipe",
+    "lr_used", "seed", "seeds", "amp", "data", "machine",
+)  # fmt: skip
+SHORTCUTS = ("epochs", "lr", "weight_decay", "batch_size", "accumulate")  # recipe fields with a flag of their own
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One adaptation to train: its label in the table, and (method, options) pairs that act together."""
+
+    label: str
+    specs: tuple[tuple[str, dict[str, Any]], ...]
+
+    @property
+    def folder(self) -> str:
+        return self.label.replace(":", "-")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one command asks for."""
+
+    source: str
+    protocol: Any  # a Protocol or its name
+    backbone: str
+    weights: str | None
+    img_size: tuple[int, int] | int | None
+    overrides: dict[str, Any]
+    kernel: str
+    wanted: tuple[Wanted, ...]
+    head: str
+    recipe: Recipe
+    seeds: tuple[int, ...]
+    amp: str
+    device: str
+    workers: int | None
+    origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.wanted) * len(self.seeds)
+
+    def out(self, given: str | None, wanted: Wanted, seed: int) -> Path:
+        """The folder of one run: runs/<data>-<method>-<backbone>-s<seed>, or of several OUT/<method>-s<seed>."""
+        data = re.sub(r"[^\w.-]+", "-", Path(self.source.split(":", 1)[-1].rstrip("/\\") or self.source).name) or "data"
+        if self.count == 1:
+            return Path(given or f"runs/{data}-{wanted.folder}-{self.backbone}-s{seed}")
+        return Path(given or f"runs/{data}-{self.backbone}") / f"{wanted.folder}-s{seed}"
+
+
+class Words:
+    """Looks a value up on the command line, then in the config file, then in the recipe row, and remembers where it was."""
+
+    def __init__(self, typed: dict[str, Any], config: dict[str, Any], row: dict[str, Any], path: str | None, row_name: str):
+        self.places = (("command line", typed), (path or "config", config), (f"recipe {row_name}", row))
+        self.origins: dict[str, str] = {}
+
+    def get(self, name: str, default: Any) -> Any:
+        for origin, values in self.places:
+            if values.get(name) is not None:
+                self.origins[name] = origin
+                return values[name]
+        self.origins[name] = "default"
+        return default
+
+
+def plan_from(typed: dict[str, Any]) -> Plan:
+    """The plan of `svp train` from its parsed words; raises SvpError (kind "usage") for what does not fit together."""
+    path = typed.get("config")
+    config = read_config(path) if path else {}
+    typed = {**typed, "seeds": _seeds(typed)}
+    named = typed.get("recipe") or (config.get("recipe") if isinstance(config.get("recipe"), str) else None)
+    row = recipe_from(named or "default")
+    words = Words(typed, config, {"head": row.head, "protocol": row.protocol, "seeds": (row.seed,)}, path, row.name)
+    source = words.get("source", None)
+    if source is None:
+        raise SvpError("no SOURCE was given", "svp train digits, or svp train folder:photos/", "usage")
+    weights = words.get("weights", WEIGHTS)
+    machine = config.get("machine") or {}
+    return Plan(
+        source=str(source), protocol=words.get("protocol", "default"), backbone=words.get("backbone", BACKBONE),
+        weights=None if weights in ("none", "random") else weights, img_size=words.get("img_size", None),
+        overrides=config.get("overrides", {}), kernel=words.get("kernel", "auto"),
+        wanted=_wanted(typed, config, row), head=words.get("head", "linear"),
+        recipe=_recipe(typed, config, row, words, path), seeds=tuple(words.get("seeds", (0,))),
+        amp=words.get("amp", "auto"), device=typed.get("device") or machine.get("device") or "auto",
+        workers=typed["workers"] if typed.get("workers") is not None else machine.get("workers"), origins=words.origins,
+    )  # fmt: skip
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A config file as flat values; what a run wrote into its config.yaml, or any part of it by hand."""
+    values, lines = read_yaml(path)
+
+    def wrong(key: str, expected: str) -> SvpError:
+        return SvpError(f"{path}, line {lines.get(key, 1)}: {key} is {str(values[key])[:80]!r}, expected {expected}",
+                        "config.yaml of a run shows the form", "usage")  # fmt: skip
+
+    for key in values:
+        if key not in CONFIG_KEYS:
+            close = nearest(key, CONFIG_KEYS)
+            raise SvpError(
+                f"{path}, line {lines[key]}: there is no setting '{key}'",
+                f"did you mean {close[0]}?" if close else f"settings are {', '.join(CONFIG_KEYS)}", "usage",
+            )  # fmt: skip
+    check_version(values.get("svp_version"), path)
+    found = {k: values[k] for k in ("source", "weights", "img_size", "head", "seed", "amp") if values.get(k) is not None}
+    for key in ("source", "weights", "head", "amp"):
+        if key in found and not isinstance(found[key], str):
+            raise wrong(key, "text")
+    backbone = values.get("backbone")
+    if isinstance(backbone, dict):
+        try:
+            found |= {"backbone": str(backbone["name"]), "weights": backbone["weights"], "kernel": backbone["kernel"],
+                      "img_size": tuple(backbone["img_size"]), "overrides": dict(backbone["overrides"])}  # fmt: skip
+        except (KeyError, TypeError, ValueError) as err:
+            raise wrong("backbone", "a name, or what config.yaml of a run holds there") from err
+    elif backbone is not None:
+        found["backbone"] = str(backbone)
+    methods = values.get("methods", values.get("method"))
+    if isinstance(methods, str):
+        found["method"] = methods
+    elif methods is not None:
+        try:
+            found["specs"] = tuple((m["name"], dict(m["options"])) for m in methods)
+        except (KeyError, TypeError, ValueError) as err:
+            raise wrong("methods" if "methods" in values else "method", "a name, or a list of {name, options}") from err
+    if (recipe := values.get("recipe")) is not None:
+        if not isinstance(recipe, (str, dict)):
+            raise wrong("recipe", "a name, or fields of a recipe")
+        found["recipe"] = recipe
+        found["recipe_line"] = lines["recipe"]
+    if (protocol := values.get("protocol")) is not None:
+        found["protocol"] = _protocol(protocol, wrong)
+    seeds = values.get("seeds", found.pop("seed", None))
+    if seeds is not None:
+        seeds = seeds if isinstance(seeds, list) else [seeds]
+        if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
+            raise wrong("seeds" if "seeds" in values else "seed", "whole numbers from 0")
+        found["seeds"] = tuple(seeds)
+    if (machine := values.get("machine")) is not None:
+        if not isinstance(machine, dict):
+            raise wrong("machine", "device and workers")
+        found["machine"] = machine
+    return found
+
+
+def _protocol(value: Any, wrong: Any) -> Any:
+    from svp.data.protocols import Protocol
+    from svp.options import build
+
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise wrong("protocol", "a name, or fields of a protocol")
+    return build(Protocol, value, "the protocol", "svp list protocols")
+
+
+def _seeds(typed: dict[str, Any]) -> tuple[int, ...] | None:
+    if typed.get("seed") is not None and typed.get("seeds") is not None:
+        raise SvpError("--seed and --seeds exclude each other", "--seeds 0,1,2 names all of them", "usage")
+    return (typed["seed"],) if typed.get("seed") is not None else typed.get("seeds")
+
+
+def _recipe(typed: dict[str, Any], config: dict[str, Any], row: Any, words: Words, path: str | None) -> Recipe:
+    recipe = row.recipe
+    before = {f.name: getattr(Recipe(), f.name) for f in dataclasses.fields(Recipe)}
+    words.origins |= {
+        f"recipe.{name}": "default" if getattr(recipe, name) == value else f"recipe {row.name}"
+        for name, value in before.items()
+    }
+    if isinstance(config.get("recipe"), dict) and not typed.get("recipe"):
+        try:
+            recipe = recipe.but(**config["recipe"])
+        except SvpError as err:
+            raise SvpError(f"{path}, recipe from line {config['recipe_line']}: {err.problem}", err.hint, "usage") from err
+        words.origins |= {f"recipe.{name}": str(path) for name in config["recipe"]}
+    fields = assignments(typed.get("recipe_fields") or (), "-r")
+    flags = {name: typed[name] for name in SHORTCUTS if typed.get(name) is not None}
+    for name in fields.keys() & flags.keys():
+        if fields[name] != flags[name]:
+            raise SvpError(f"-r {name}={fields[name]} and --{name.replace('_', '-')} {flags[name]} disagree", "give one", "usage")
+    words.origins |= {f"recipe.{name}": "command line" for name in fields | flags}
+    return recipe.but(**fields, **{k: v for k, v in flags.items() if k not in fields})
+
+
+def _wanted(typed: dict[str, Any], config: dict[str, Any], row: Any) -> tuple[Wanted, ...]:
+    if not typed.get("method") and "specs" in config:
+        specs = config["specs"]
+        chosen = [Wanted("+".join(name for name, _ in specs), specs)]
+    else:
+        text = typed.get("method") or config.get("method") or row.method or "svp"
+        chosen = [_composed(word.strip(), row) for word in text.split(",")]
+    labels = [w.label for w in chosen]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise SvpError(f"the method {label} is named twice", "--method svp,linear", "usage")
+    return _with_options(chosen, assignments(typed.get("method_options") or (), "-s"))
+
+
+def _composed(word: str, row: Any) -> Wanted:
+    """ "svp", "svp:published" (a method with one of its presets) or "svp+lora" (together)."""
+    specs = []
+    for part in word.split("+"):
+        name, colon, preset = part.strip().partition(":")
+        if not name:
+            raise SvpError(f"--method '{word}' names no method", "--method svp,linear compares, svp+lora composes", "usage")
+        METHODS.get(name)
+        options = dict(row.method_options) if name == row.method else {}
+        if colon:
+            presets = method_class(name).PRESETS
+            if preset not in presets:
+                raise unknown(f"preset of {name} named", preset, presets, f"svp list methods {name}")
+            options["preset"] = preset
+        specs.append((name, options))
+    return Wanted(word, tuple(specs))
+
+
+def _with_options(chosen: list[Wanted], given: dict[str, Any]) -> tuple[Wanted, ...]:
+    """`hidden=32` where one method is named, `svp.hidden=32` where several are."""
+    names = {name for wanted in chosen for name, _ in wanted.specs}
+    for key in given:
+        owner, dot, _ = key.partition(".")
+        if dot and owner not in names:
+            hint = f"-s {sorted(names)[0]}.{key.partition('.')[2]}=…"
+            raise SvpError(f"-s {key}: {owner} is not among the methods {', '.join(sorted(names))}", hint, "usage")
+        if not dot and len(names) > 1:
+            raise SvpError(f"-s {key}: which of {', '.join(sorted(names))} is meant?", f"-s {sorted(names)[0]}.{key}=…", "usage")
+
+    def filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
+        own = {k.partition(".")[2] or k: v for k, v in given.items() if "." not in k or k.startswith(f"{name}.")}
+        return {**options, **own}
+
+    return tuple(Wanted(w.label, tuple((n, filled(n, o)) for n, o in w.specs)) for w in chosen)

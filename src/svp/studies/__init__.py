@@ -1,0 +1,1 @@
+"""Many runs: tables over methods and seeds."""
