@@ -9,6 +9,9 @@ from svp.backbones.vim import Vim
 from svp.methods.svp import from_published, simam
 from svp.model import adapt
 from svp.seams import Seams, Stack
+from svp.training.losses import Criterion
+from svp.training.optim import optimizer_for, parameter_groups
+from svp.training.recipe import Recipe
 
 PATHS = {"inner": ["inner.", "beta."], "cross": ["cross.", "alpha."]}
 KINDS = [(torch.float64, "reference", 1e-10, 1e-10), precisions("svp")[1]]
@@ -93,25 +96,39 @@ def test_the_input_of_every_block():
 
 @pytest.mark.parametrize("case", ["train3_wd1e-1_ce", "train3_wd0_soft_cub"])
 def test_three_adamw_steps(case):
+    """The optimiser that a run is given, with its decay groups, walks where the released one did."""
     config, t = golden("svp", case)
-    model = model_from(config, starting(t, "init."), torch.float64)
-    from svp.training.optim import parameter_groups
-
-    groups = parameter_groups(model, lr=config["lr"], weight_decay=config["weight_decay"])
-    optimizer = torch.optim.AdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"])
-    model.train()
+    model = model_from(config, starting(t, "init."), torch.float64, "reference").train()
+    recipe = Recipe(
+        lr=config["lr"], weight_decay=config["weight_decay"], betas=tuple(config["betas"]), eps=config["eps"]
+    )
+    groups = parameter_groups(model.named_parameters(), recipe, model.method.groups())
+    found = {group["weight_decay"]: set(group["names"]) for group in groups}
+    assert found == released_groups(config, t)
+    optimizer = optimizer_for(groups, recipe)
     for step in range(3):
         logits = model(t[f"step{step}.image"])
-        assert_close(logits, t[f"step{step}.logits"], f"logits of step {step}", 1e-9)
+        assert_close(logits, t[f"step{step}.logits"], f"logits of step {step}")
         target = t.get(f"step{step}.label", t.get(f"step{step}.target"))
-        loss = F.cross_entropy(logits, target)
-        assert_close(loss, t["losses"][step], f"loss of step {step}", 1e-9)
+        loss = Criterion(smoothing=0.0)(logits, target)
+        assert_close(loss, t["losses"][step], f"loss of step {step}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     final = ours(starting(t, "final."), config)
+    assert set(final) == set(model.state_dict())
     for name, p in model.named_parameters():
         assert (p.detach() - final[name]).abs().max() <= 1e-7, name
+
+
+def released_groups(config, t):
+    """{weight decay: our names of what the released optimiser decays so}."""
+    trained = [name.removeprefix("final.") for name in t if name.startswith("final.")]
+    groups = {0.0: [name for name in trained if name not in config["decay"]]}
+    if config["decay"]:
+        assert sorted(groups[0.0]) == sorted(config["no_decay"])
+        groups[config["weight_decay"]] = config["decay"]
+    return {decay: set(ours({name: t[f"init.{name}"] for name in names}, config)) for decay, names in groups.items()}
 
 
 def test_full_fine_tuning():

@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from support import GOLDEN, assert_close, golden
+from support import GOLDEN
 from svp.errors import SvpError
 from svp.training.optim import Average, clip_gradients, lr_at, optimizer_for, parameter_groups, warmup_steps
 from svp.training.recipe import Recipe, recipe_named
@@ -120,33 +119,7 @@ def test_optimisers_step(name):
     assert not torch.equal(before, toy.head.weight)
 
 
-# -- three released steps ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", ["train3_wd1e-1_ce", "train3_wd0_soft_cub"])
-def test_three_released_steps(case):
-    from methods.test_svp_golden import model_from, ours
-
-    config, tensors = golden("svp", case)
-    init = {k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")}
-    model = model_from(config, init, torch.float64, "reference")
-    model.train()
-    recipe = Recipe(lr=config["lr"], weight_decay=config["weight_decay"])
-    groups = parameter_groups(model.named_parameters(), recipe, model.method.groups())
-    optimizer = optimizer_for(groups, recipe)
-    assert len(groups) == (2 if config["weight_decay"] else 1)
-    for step in range(3):
-        logits = model(tensors[f"step{step}.image"])
-        assert_close(logits, tensors[f"step{step}.logits"], "logits", 1e-9)
-        target = tensors.get(f"step{step}.target", tensors.get(f"step{step}.label"))
-        loss = F.cross_entropy(logits, target)
-        assert loss.item() == pytest.approx(tensors["losses"][step].item(), rel=1e-9)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    final = ours({k.removeprefix("final."): v for k, v in tensors.items() if k.startswith("final.")}, config)
-    for name, value in model.state_dict().items():
-        assert (value - final[name]).abs().max() < 1e-7, name
+# -- averaged weights --------------------------------------------------------------------------------------------------
 
 
 def test_average_is_timms():
