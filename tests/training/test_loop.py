@@ -22,10 +22,6 @@ from training.small import RECIPE, model, splits
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(machine, "git_revision", lambda: None)  # the tree may change while tests run
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(result):
@@ -117,12 +113,27 @@ def test_the_best_epoch_is_kept_and_test_seen_once(monkeypatch):
     assert seen == ["test"] * 4 and run.val_accuracy is None and run.result["selection"] == "test_best"
 
 
-def test_without_test_validation_is_reported(tmp_path):
-    notes = []
-    run = fit(model("linear"), splits(test=0), recipe=RECIPE, out=tmp_path, report=notes.append)
+def saved(data, root):
+    """The same pictures in class folders."""
+    for part in data.parts.values():
+        for i, label in enumerate(part.labels):
+            path = root / data.classes[label] / f"{part.name(i).replace('/', '-')}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.picture(i).save(path)
+    return str(root)
+
+
+@pytest.mark.parametrize("from_source", [False, True])
+def test_without_test_validation_is_reported_and_that_is_said_once(from_source, tmp_path):
+    events, data = [], splits(test=0)
+    data = saved(data, tmp_path / "pets") if from_source else data
+    run = fit(model("linear"), data, recipe=RECIPE, out=tmp_path / "run", report=events.append)
     assert run.test_accuracy is None and run.val_accuracy is not None
-    assert any("no test split" in e.get("text", "") for e in notes)
-    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 13
+    told = [e["text"] for e in events if e["kind"] == "note"]
+    for notes in (told, run.result["data"]["notes"]):
+        assert [note for note in notes if "test" in note] == ["there is no test split: validation is what is reported"]
+    lines = (tmp_path / "run" / "predictions.csv").read_text().splitlines()
+    assert len(lines) == 1 + run.result["data"]["sizes"]["val"]
 
 
 # -- equal runs --------------------------------------------------------------------------------------------------------

@@ -43,6 +43,12 @@ def check(data: Splits, recipe: Recipe) -> None:
         raise SvpError("mixup and cutmix pair pictures, there is one", "-r mixup=0 -r cutmix=0", "usage")
 
 
+def notes_of(data: Splits) -> list[str]:
+    """What was noticed about the data, and what a run makes of it; of splits made in Python too."""
+    told = ["there is no test split: validation is what is reported"] if data.test is None else []
+    return [*data.notes, *told]
+
+
 def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, amp: str) -> dict[str, Any]:
     """All that decides the numbers of a run, every default resolved."""
     net = model.backbone
@@ -100,7 +106,7 @@ def result_of(
         ),
         "data": {
             "hash": facts["data"]["hash"], "sizes": data.sizes, "skipped": list(data.skipped),
-            "notes": list(data.notes),
+            "notes": notes_of(data),
         },
         "features_cached": cached,
         "versions": machine.versions(),

@@ -24,7 +24,7 @@ from svp.options import changed
 from svp.training import checkpoint, machine
 from svp.training.checkpoint import Progress, Snapshot
 from svp.training.evaluate import Evaluation, in_order_of, predictions, score
-from svp.training.facts import card_of, check, default_lr, result_of, settings_of
+from svp.training.facts import card_of, check, default_lr, notes_of, result_of, settings_of
 from svp.training.feed import (
     FeatureFeed,
     Feed,
@@ -473,7 +473,7 @@ class Training:
         self.report({"kind": kind, **news})
 
     def tell_notes(self) -> None:
-        for text in (*self.data.notes, upscale_note(self.data, self.model.preprocessing)):
+        for text in (*notes_of(self.data), upscale_note(self.data, self.model.preprocessing)):
             if text:
                 self.tell("note", text=text)
         count = len(self.data.train)

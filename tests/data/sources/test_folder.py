@@ -38,7 +38,6 @@ def test_class_folders(tree):
     assert not {data.train.name(i) for i in range(14)} & {data.val.name(i) for i in range(5)}
     assert "layout: class/picture" in data.notes
     assert any("validation: 5 of 19 training pictures, cut stratified (seed 0)" in note for note in data.notes)
-    assert any("no test split" in note for note in data.notes)
     assert sorted(root.rglob("*")) == before
     assert data.train.picture(0).size == (12, 10)
 

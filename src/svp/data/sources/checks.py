@@ -29,8 +29,6 @@ def finished(splits: Splits, skip: bool, seed: int = 0, by_number: bool = False)
     splits = splits.noted(_changes_note(splits))
     splits = _classes_checked(splits, by_number)
     splits = by_protocol(splits, seed)
-    if splits.test is None:
-        splits = splits.noted("there is no test split: validation is what is reported")
     return splits.noted(*_duplicates(splits))
 
 
