@@ -1,10 +1,13 @@
-"""What holds for every test: the folder of shared material, no network."""
+"""What holds for every test: one thread, the folder of shared material, no network, NaN in fresh memory."""
 
 import os
 import socket
 from pathlib import Path
 
 import pytest
+import torch
+
+from svp.ops import native
 
 REMOTE = (socket.AF_INET, socket.AF_INET6)
 
@@ -18,6 +21,24 @@ def shared():
     return folder
 
 
+def pytest_configure(config):
+    """One thread here and in the processes that tests start: several test processes share the cores."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch):
+    """What our ops ask torch for holds NaN: an element that a kernel forgets is found."""
+    fresh = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **options):
+        t = fresh(self, *args, **options)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Only this machine may be spoken to: code that reaches for the network fails at once."""
@@ -29,3 +50,14 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(params=native.levels() or ["none"])
+def isa(request):
+    """Each instruction-set level of this machine in turn."""
+    if not native.available:
+        pytest.skip(native.reason)
+    before = native.isa()
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa(before)
