@@ -2,16 +2,18 @@
 
     <!-- table: NAME --> … <!-- /table -->
 
-NAME is `methods` or `backbones` (read from the source files), else docs/results/NAME.json, as `svp train … --json` prints
+NAME is `methods`, `backbones` or `published` (read from the source files), else docs/results/NAME.json, as `svp train … --json` prints
 it. Numbers of runs stand in the documents only through such files.
 """
 
+import ast
 import json
 import re
 import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
+TEXT = ("method", "backbone", "what it is", "file", "where")  # columns that are set flush left
 RESULTS = DOCS / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -31,6 +33,9 @@ def table(name: str) -> str:
         return markdown(("method", "what it is"), [(f"`{n}`", about) for n, about in registered("METHODS")])
     if name == "backbones":
         return markdown(("backbone", "what it is"), [(f"`{n}`", about) for n, about in registered("BACKBONES")])
+    if name == "published":
+        rows = [(f"`{n}`", f"`{file}`", f"[{hub}](https://huggingface.co/{hub})") for n, (hub, file) in published().items()]
+        return markdown(("backbone", "file", "where"), rows)
     path = RESULTS / f"{name}.json"
     return results(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
 
@@ -39,6 +44,19 @@ def registered(room: str) -> list[tuple[str, str]]:
     import svp.registry
 
     return [(entry.name, entry.summary) for entry in getattr(svp.registry, room).entries().values()]
+
+
+def published() -> dict[str, tuple[str, str]]:
+    """{backbone: (hub repository, file)}: the tables PUBLISHED of the families' files, read without importing them."""
+    import svp.registry
+
+    found: dict[str, tuple[str, str]] = {}
+    for path in sorted((Path(svp.registry.__file__).parent / "backbones").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            if getattr(target, "id", "") == "PUBLISHED":
+                found |= ast.literal_eval(node.value)
+    return found
 
 
 def results(found: dict) -> str:
@@ -82,7 +100,7 @@ def source(text: str) -> str:
 
 
 def markdown(heads, rows) -> str:
-    right = {i for i, h in enumerate(heads) if h not in ("method", "backbone", "what it is")}
+    right = {i for i, h in enumerate(heads) if h not in TEXT}
     line = " | ".join("---:" if i in right else "---" for i in range(len(heads)))
     return "".join(f"| {text} |\n" for text in (" | ".join(heads), line, *(" | ".join(row) for row in rows)))
 
