@@ -37,13 +37,14 @@ def command(kind: str | None, name: str | None, as_json: bool) -> None:
         raise SvpError(
             "what shall be listed?", f"svp list methods; or {', '.join(k for k in KINDS if k != 'methods')}", "usage"
         )
-    kind = next((k for k in KINDS if kind.lower() in (k, k.rstrip("s"))), kind)
+    word = kind.lower()
+    kind = next((k for k in KINDS if word in (k, k.rstrip("s"))), kind)
     if kind not in KINDS:
         raise unknown("list of", kind, KINDS)
     table, page = KINDS[kind]
     rows = table()
     names = [next(iter(row.values())) for row in rows]
-    if name in names:
+    if name is not None and name in names:
         show_page(page(name), as_json)
         return
     if name is not None:

@@ -66,8 +66,11 @@ def command(**typed: Any) -> None:
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device_named(typed["device"])))
     top = typed["top"] or (5 if typed["as_json"] else 1)
     labels = label(model, files, batch_size=typed["batch_size"], top=top, skip=typed["on_bad_image"] == "skip")
-    write = print_list if typed["as_json"] else print_csv if typed["as_csv"] else print_lines
-    bad = write(counted(labels, len(files), typed["quiet"]), min(top, model.num_classes))
+    labels, top = counted(labels, len(files), typed["quiet"]), min(top, model.num_classes)
+    if typed["as_json"]:
+        bad = print_list(labels, top)
+    else:
+        bad = print_csv(labels, top) if typed["as_csv"] else print_lines(labels, top)
     if bad:
         tell(bad, len(files))
 
@@ -103,13 +106,22 @@ def counted(labels: Iterator[Prediction | Unread], count: int, quiet: bool) -> I
     yield from track(labels, "pictures", count, console=Console(stderr=True), transient=True)
 
 
+def readable(labels: Iterator[Prediction | Unread], bad: list[Unread]) -> Iterator[Prediction]:
+    """The labels alone; what was left out goes into `bad`."""
+    from svp.training.trained import Unread
+
+    for p in labels:
+        if isinstance(p, Unread):
+            bad.append(p)
+        else:
+            yield p
+
+
 def print_lines(labels: Iterator[Prediction | Unread], top: int) -> list[Unread]:
     from svp.data.pictures import shown
 
-    bad = []
-    for p in labels:
-        if not _is_label(p, bad):
-            continue
+    bad: list[Unread] = []
+    for p in readable(labels, bad):
         others = ", ".join(f"{name} {value:.1%}" for name, value in p.top5[1:])
         click.echo(f"{p.probability:6.1%}  {p.label}  {shown(p.path)}" + (f"  (then {others})" if others else ""))
     return bad
@@ -119,23 +131,27 @@ def print_csv(labels: Iterator[Prediction | Unread], top: int) -> list[Unread]:
     bad: list[Unread] = []
     more = [f"{word}{k}" for k in range(2, top + 1) for word in ("label", "probability")]
     click.echo(_csv_line(["picture", "label", "probability", *more]), nl=False)
-    for p in labels:
-        if _is_label(p, bad):
-            click.echo(_csv_line([p.path, *(x for name, value in p.top5 for x in (name, f"{value:.6f}"))]), nl=False)
+    for p in readable(labels, bad):
+        click.echo(_csv_line([p.path, *(x for name, value in p.top5 for x in (name, f"{value:.6f}"))]), nl=False)
     return bad
 
 
 def print_list(labels: Iterator[Prediction | Unread], top: int) -> list[Unread]:
     """One object a picture, in order; one that was left out has an error and no label."""
     from svp.cli.words import print_json
+    from svp.training.trained import Unread
 
+    found: list[dict[str, Any]] = []
     bad: list[Unread] = []
-    print_json([
-        {"path": p.path, "label": p.label, "probability": p.probability,
-         "top": [{"label": name, "probability": value} for name, value in p.top5]}
-        if _is_label(p, bad) else {"path": p.path, "label": None, "error": p.reason}
-        for p in labels
-    ])  # fmt: skip
+    for p in labels:
+        if isinstance(p, Unread):
+            bad.append(p)
+            found.append({"path": p.path, "label": None, "error": p.reason})
+        else:
+            best = [{"label": name, "probability": value} for name, value in p.top5]
+            found.append({"path": p.path, "label": p.label, "probability": p.probability, "top": best})
+    if len(bad) < len(found):
+        print_json(found)
     return bad
 
 
@@ -149,13 +165,6 @@ def tell(bad: list[Unread], count: int) -> None:
         say(f"  {p.reason}")
     if len(bad) > TOLD:
         say(f"  … and {len(bad) - TOLD} more")
-
-
-def _is_label(p: Any, bad: list[Unread]) -> bool:
-    if hasattr(p, "reason"):
-        bad.append(p)
-        return False
-    return True
 
 
 def _csv_line(cells: list[str]) -> str:

@@ -35,7 +35,8 @@ class Progress:
         sizes = " / ".join(f"{event['sizes'][name]:,} {name}" for name in ("train", "val", "test"))
         machine, recipe = event["machine"], event["recipe"]
         verb = "continues" if event["resumed"] else "trains"
-        say(f"{verb} {event['epochs']} epochs on {sizes} pictures; batch {recipe['batch_size']}"
+        epochs = f"{event['epochs']} epoch{'s' if event['epochs'] > 1 else ''}"
+        say(f"{verb} {epochs} on {sizes} pictures; batch {recipe['batch_size']}"
             f"{'' if recipe['accumulate'] == 1 else ' x ' + str(recipe['accumulate'])}, learning rate {event['lr_used']:g}, "
             f"seed {event['seed']}, {machine['device']}", self.quiet)  # fmt: skip
         self.said_at = time.monotonic()

@@ -129,13 +129,15 @@ def model_of(plan: Plan, wanted: Wanted, net: Any, data: Splits, seed: int) -> A
 def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[list[tuple[str, dict]], list[Any]]:
     """A run for each method and seed: (label, result) pairs, and their folders."""
     from svp.cli.progress import Progress
+    from svp.training.folder import RunFolder
     from svp.training.loop import fit
 
     quiet = typed["quiet"]
     progress = Progress(quiet)
     todo = [(wanted, seed, plan.out(typed["out"], wanted, seed)) for wanted in plan.wanted for seed in plan.seeds]
     half = [folder for _, _, folder in todo if (folder / "config.yaml").exists()]
-    results, folders = [], []
+    results: list[tuple[str, dict]] = []
+    folders: list[Any] = []
     try:
         for wanted, seed, folder in todo:
             model = model_of(plan, wanted, net, data, seed)
@@ -144,11 +146,14 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
                 introduce(plan, net, data, typed)
             if first:
                 say(model.summary().splitlines()[0], quiet)
+            was_finished = RunFolder(folder).result() is not None and not typed["overwrite"]
             run = fit(
                 model, data, recipe=plan.recipe, seed=seed, out=folder, device=plan.device, amp=plan.amp,  # type: ignore[arg-type]
                 workers=plan.workers, resume=typed["resume"] and (folder in half or not half), overwrite=typed["overwrite"],
                 compile=typed["compile"], report=progress, deterministic=typed["deterministic"],
             )  # fmt: skip
+            if was_finished:
+                say(f"{folder} holds this run already: these are its numbers; --overwrite trains again", quiet)
             results.append((wanted.label, run.result))
             folders.append(folder)
     finally:
@@ -166,6 +171,8 @@ def introduce(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> None
     level = f" ({native_words()})" if kernel_name(net, device) == "cpu" else ""
     cut = "straight to" if p.exact else f"shorter side {p.shorter_side}, centre crop"
     say(f"{data.source}: {data.num_classes} classes; pictures {cut} {p.crop[0]} x {p.crop[1]}, bicubic", typed["quiet"])
+    for text in net.report.notes:
+        note(f"{net.weights_from}: {text}", typed["quiet"])
     say(f"{net.name}, weights {net.weights_from}; scan kernel {kernel_name(net, device)}{level}", typed["quiet"])
 
 
@@ -225,7 +232,7 @@ def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str
 
         print_json({**found, "method": wanted.label, "trainable": model.num_trainable(True), "minutes": minutes})
         return
-    rows = [[name, _words(value), origin] for name, value, origin in _settings(plan, wanted, found)]
+    rows = [[name, _words(value), origin] for name, value, origin in _settings(plan, wanted, found, typed["out"])]
     click.echo(f"{wanted.label}\n{columns(['setting', 'value', 'from'], rows)}\n")
     click.echo(model.summary())
     click.echo(
@@ -234,14 +241,14 @@ def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str
     )
 
 
-def _settings(plan: Plan, wanted: Wanted, found: dict[str, Any]) -> list[tuple[str, Any, str]]:
+def _settings(plan: Plan, wanted: Wanted, found: dict[str, Any], out: str | None) -> list[tuple[str, Any, str]]:
     o = plan.origins
     rows = [
         ("source", found["source"], o["source"]), ("protocol", found["protocol"]["name"], o["protocol"]),
         ("backbone", found["backbone"]["name"], o["backbone"]), ("weights", found["backbone"]["weights"], o["weights"]),
         ("img_size", found["backbone"]["img_size"], o["img_size"]), ("head", found["head"], o["head"]),
         ("seeds", list(plan.seeds), o["seeds"]), ("amp", found["amp"], o["amp"]), ("device", found["device"], ""),
-        ("out", str(plan.out(None, wanted, plan.seeds[0])), ""),
+        ("out", str(plan.out(out, wanted, plan.seeds[0])), ""),
     ]  # fmt: skip
     for (name, options), (_, given) in zip(
         ((m["name"], m["options"]) for m in found["methods"]), wanted.specs, strict=True
@@ -252,4 +259,7 @@ def _settings(plan: Plan, wanted: Wanted, found: dict[str, Any]) -> list[tuple[s
 
 
 def _words(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else "none" if value is None else str(value)
+    """A value as one types it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_words, value))}]"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

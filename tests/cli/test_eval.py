@@ -1,0 +1,99 @@
+"""Scores of a run: those it reported, per class, as JSON and as a picture."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+import svp as package
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_an_untouched_run_scores_what_it_reported(svp, trained):
+    told = svp("eval", trained, "--json")
+    scores = json.loads(told.out)
+    assert told.code == 0 and scores["accuracy"] == result(trained)["test_accuracy"]
+    assert scores["mean_class_accuracy"] == result(trained)["test_mean_class_accuracy"]
+    assert scores["ece"] == result(trained)["test_ece"] and scores["split"] == "test" and scores["pictures"] == 12
+    assert [row["pictures"] for row in scores["classes"]] == [4, 4, 4] and sum(map(sum, scores["confusion"])) == 12
+    assert scores["skipped"] == [] and "reported" not in told.err
+    with Image.open(scores["picture"]) as picture:
+        assert picture.format == "PNG" and picture.width > 300
+    assert json.loads((trained / "eval" / "test.json").read_text())["accuracy"] == scores["accuracy"]
+    assert sorted(p.name for p in (trained / "eval").iterdir()) == ["test-confusion.png", "test.json"]
+
+
+def test_the_table_and_the_model_folder(svp, trained, tmp_path):
+    told = svp("eval", trained / "model", "--out", tmp_path / "scores", "--split", "val")
+    assert told.code == 0 and told.out.startswith("svp on vim_tiny, val of folder:")
+    assert "9 pictures, 3 classes" in told.out and "calibration error" in told.out and "top-5" not in told.out
+    assert [line.split()[0] for line in told.out.splitlines()[-3:]] == ["blue", "green", "red"]
+    assert (tmp_path / "scores" / "val-confusion.png").is_file() and "val-confusion.png" in told.err
+
+
+def test_another_source_is_matched_by_class_names(svp, trained, photos, tmp_path):
+    shutil.copytree(photos / "test", tmp_path / "new" / "test")
+    shutil.copytree(photos / "train", tmp_path / "new" / "train")
+    shutil.copytree(photos / "val", tmp_path / "new" / "val")
+    told = svp("eval", trained, f"folder:{tmp_path / 'new'}", "--json", "--out", tmp_path / "out")
+    assert json.loads(told.out)["accuracy"] == result(trained)["test_accuracy"]
+    (tmp_path / "new" / "train" / "red").rename(tmp_path / "new" / "train" / "pink")
+    for split in ("val", "test"):
+        (tmp_path / "new" / split / "red").rename(tmp_path / "new" / split / "pink")
+    told = svp("eval", trained, f"folder:{tmp_path / 'new'}", "--out", tmp_path / "out")
+    assert told.code == 1 and "pink" in told.err and told.out == ""
+
+
+def test_without_a_test_split_validation_is_measured_and_said(svp, config, loose, tmp_path):
+    words = ("train", f"folder:{loose}", "--config", config, "--method", "linear", "--epochs", "1")
+    assert svp(*words, "--out", tmp_path / "run", "-q").code == 0
+    told = svp("eval", tmp_path / "run", "--json")
+    scores = json.loads(told.out)
+    assert "has no test split: validation is measured" in told.err and scores["split"] == "val"
+    assert scores["accuracy"] == result(tmp_path / "run")["val_accuracy"]
+    told = svp("eval", tmp_path / "run", "--split", "test")
+    assert told.code == 1 and "has no test split" in told.err
+
+
+def test_other_numbers_than_the_run_reported_are_said(svp, trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    changed = {**result(copy), "test_accuracy": 0.123}
+    (copy / "result.json").write_text(json.dumps(changed))
+    told = svp("eval", copy)
+    assert told.code == 0 and "the run itself reported 12.3 %" in told.err
+
+
+def test_python_does_the_same(trained, photos):
+    net = package.create_backbone("vim_tiny", img_size=16, depth=2, embed_dim=16, d_state=4, patch_size=8)
+    scores = package.evaluate(package.load(trained, net), f"folder:{photos}")
+    assert scores.accuracy == result(trained)["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "words,code,problem",
+    [
+        (["nowhere"], 1, "nowhere does not exist"),
+        (["{empty}"], 1, "holds no trained run"),
+        (["{half}"], 1, "holds a run that has not finished"),
+        (["{runs}"], 2, "holds 1 runs: svp"),
+        (["{run}", "folder:nowhere"], 1, "nowhere does not exist"),
+        (["{run}", "--device", "cuda:99"], 1, "cuda:99 is not available"),
+        (["{run}", "--weights", "nowhere.pth"], 1, "the checkpoint nowhere.pth does not exist"),
+        (["{run}", "--kernel", "fast"], 2, "'fast' is not one of"),
+        (["{run}", "--out", "{file}/x"], 1, "cannot be made"),
+    ],
+)
+def test_what_cannot_be_measured(svp, trained, tmp_path, words, code, problem):
+    half = tmp_path / "half"
+    (tmp_path / "empty").mkdir()
+    half.mkdir()
+    (half / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "file").write_text("")
+    places = {"empty": tmp_path / "empty", "half": half, "runs": trained.parent, "run": trained, "file": tmp_path / "file"}
+    told = svp("eval", *(word.format(**places) for word in words))
+    assert told.code == code and problem in told.err and "hint: " in told.err and told.out == ""

@@ -1,0 +1,119 @@
+"""Training from words: the run folder, the table, the dry run, several methods and seeds, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+
+def test_a_run_and_its_table(svp, config, tmp_path):
+    told = svp("train", "--config", config, "-s", "hidden=4", "--epochs", "1", "--out", tmp_path / "run")
+    assert told.code == 0
+    heads, _, line = told.out.splitlines()
+    assert heads.split()[:4] == ["method", "trained", "test", "%"] and line.split()[0] == "svp"
+    for words in ("trains 1 epoch on 24 train / 9 val / 12 test pictures", "epoch   1/1", "epoch 1 is kept", "numbers train",
+                  "(95 %, Wilson)", f"next: svp predict {tmp_path / 'run'} PICTURE"):  # fmt: skip
+        assert words in told.err
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.yaml", "metrics.jsonl", "model", "predictions.csv", "result.json"}
+
+
+def test_a_finished_run_prints_its_table_again(svp, trained, config):
+    words = ("train", "--config", config, "-s", "hidden=4", "--epochs", "2", "--out", trained)
+    before = (trained / "result.json").read_bytes()
+    told = svp(*words)
+    assert told.code == 0 and "holds this run already" in told.err and told.out.splitlines()[2].startswith("svp ")
+    assert (trained / "result.json").read_bytes() == before
+    told = svp(*words, "--lr", "0.5")
+    assert told.code == 2 and "other settings" in told.err and "recipe.lr" in told.err
+
+
+def test_a_config_of_a_run_repeats_it(svp, trained, tmp_path):
+    told = svp("train", "--config", trained / "config.yaml", "--out", tmp_path / "again", "-q")
+    assert told.code == 0 and told.err == ""
+    first, again = (json.loads((f / "result.json").read_text()) for f in (trained, tmp_path / "again"))
+    first.pop("timing"), again.pop("timing")
+    assert first == again
+
+
+def test_several_methods_and_seeds_stand_in_one_table(svp, config, tmp_path):
+    words = ("--method", "linear,svp:published", "-s", "svp.hidden=4", "--seeds", "0,1", "--epochs", "1")
+    told = svp("train", "--config", config, *words, "--out", tmp_path / "many", "--json")
+    assert told.code == 0, told.err
+    found = json.loads(told.out)
+    assert [line["method"] for line in found["table"]] == ["linear", "svp:published"]
+    assert all(len(line["accuracy"]) == 2 and line["half_width_95"] is not None for line in found["table"])
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 0, 1]
+    folders = {path.name for path in (tmp_path / "many").iterdir()}
+    assert folders == {"linear-s0", "linear-s1", "svp-published-s0", "svp-published-s1"}
+
+
+def test_a_dry_run_keeps_nothing_and_shows_where_values_are_from(svp, config, tmp_path):
+    out = tmp_path / "dry"
+    told = svp("train", "--config", config, "--dry-run", "-s", "hidden=4", "--lr", "0.5", "--epochs", "0", "--out", out)
+    assert told.code == 0 and not out.exists() and "Nothing was kept" in told.out
+    rows = [line.split() for line in told.out.splitlines()]
+    assert ["svp.hidden", "4", "given"] in rows and ["svp.prompt_cls", "false", "default"] in rows
+    assert ["recipe.lr", "0.5", "command", "line"] in rows and ["out", str(out)] in rows
+    told = svp("train", "--config", config, "--dry-run", "-s", "hidden=4", "--json")
+    assert json.loads(told.out)["trainable"] > 0
+
+
+@pytest.mark.parametrize(
+    "words,code,problem,hint",
+    [
+        ([], 2, "no SOURCE was given", "svp train digits"),
+        (["digts"], 1, "named 'digts'", "did you mean digits?"),
+        (["digits", "--method", "svq"], 2, "there is no method 'svq'", "did you mean svp?"),
+        (["digits", "--method", "svp:papr"], 2, "no preset of svp named 'papr'", "did you mean paper?"),
+        (["digits", "--method", "svp,svp"], 2, "named twice", "--method"),
+        (["digits", "--method", "svp,linear", "-s", "hidden=3"], 2, "which of linear, svp is meant?", "-s svp.hidden=…"),
+        (["digits", "-s", "hidden"], 2, "is not OPTION=VALUE", "-s hidden=32"),
+        (["digits", "-s", "lora.rank=2"], 2, "lora is not among the methods svp", "-s svp.rank=…"),
+        (["digits", "-r", "epoch=3"], 2, "named 'epoch'", "did you mean epochs?"),
+        (["digits", "-r", "epochs=3", "--epochs", "4"], 2, "disagree", "give one"),
+        (["digits", "--recipe", "svp-dt"], 2, "there is no recipe 'svp-dt'", "svp-dtd"),
+        (["digits", "--seed", "0", "--seeds", "1,2"], 2, "exclude each other", "--seeds"),
+        (["digits", "--resume", "--overwrite"], 2, "exclude each other", "--resume continues"),
+        (["digits", "--epochs", "0"], 2, "trains nothing", "--dry-run"),
+        (["digits", "--lr", "-1"], 2, "not a finite number above 0", "--help"),
+        (["digits", "--seeds", "0,0"], 2, "a seed twice", "--help"),
+        (["digits", "--config", "nowhere.yaml"], 2, "nowhere.yaml cannot be read", "path"),
+    ],
+)
+def test_what_is_refused_before_anything_is_built(svp, words, code, problem, hint):
+    told = svp("train", *words)
+    first, second = told.err.splitlines()
+    assert told.code == code and problem in first and hint in second and told.out == ""
+
+
+@pytest.mark.parametrize(
+    "text,line,problem",
+    [
+        ("source: digits\nsorce: x\n", 2, "there is no setting 'sorce'"),
+        ("source: digits\nseed: 0\nseed: 1\n", 3, "the key 'seed' stands twice"),
+        ("source: digits\nseed: one\n", 2, "seed is 'one', expected whole numbers"),
+        ("source: digits\nrecipe: {epoch: 3}\n", 2, "named 'epoch'"),
+        ("source: digits\nbackbone: [1]\n", 2, "backbone is"),
+    ],
+)
+def test_a_wrong_config_names_file_and_line(svp, tmp_path, text, line, problem):
+    (tmp_path / "my.yaml").write_text(text)
+    told = svp("train", "--config", tmp_path / "my.yaml")
+    assert told.code == 2 and problem in told.err and f"my.yaml, {'recipe from ' * ('recipe' in text)}line {line}" in told.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_that_can_be_resumed(config, tmp_path, number, code):
+    out = tmp_path / "run"
+    words = ["train", "--config", str(config), "-s", "hidden=4", "--epochs", "200", "--out", str(out)]
+    command = [sys.executable, "-m", "svp", *words]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in running.stderr:
+        if line.startswith("epoch   2/200"):
+            running.send_signal(number)
+    assert running.wait(60) == code and (out / "checkpoint").is_dir() and not (out / "result.json").exists()
