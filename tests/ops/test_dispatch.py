@@ -70,11 +70,14 @@ def test_the_table_of_doctor():
 
 @pytest.mark.skipif(not native.available, reason=native.reason)
 @pytest.mark.parametrize("level", native.levels())
-def test_a_level_is_forced_by_environment(level):
-    code = "from svp.ops import native; print(native.isa())"
+def test_a_level_is_forced_by_environment_and_an_op_loads_no_compiler(level):
+    code = (
+        "import sys, torch; from svp.ops import native, causal_conv1d\n"
+        "causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4)); print(native.isa(), 'torch._dynamo' in sys.modules)"
+    )
     env = os.environ | {"SVP_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == level, done.stderr
+    assert done.stdout.split() == [level, "False"], done.stderr
 
 
 @pytest.mark.skipif(not native.available, reason=native.reason)

@@ -94,13 +94,19 @@ def table(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> l
     return [Row(row.name, row.name == chosen, reason) for row, reason in zip(kernels, reasons, strict=True)]
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would load the compiler (2 s) to set this one attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def environment() -> str:
     """The kernel that the environment variable SVP_KERNEL names, or "auto"."""
     return os.environ.get(ENV, "auto")
 
 
-@torch.compiler.assume_constant_result
+@constant
 def missing(target: str) -> str | None:
     """What the kernel's module lacks on this machine, or None. Loads it: afterwards FUNCTIONS knows the target."""
     path, _, name = target.partition(":")
