@@ -4,38 +4,28 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-VICTIM = Path(__file__).with_name("victim.py")
+from training.victim import Victim
+
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
-def start(out, *words):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.Popen(
-        [sys.executable, str(VICTIM), str(out), "0", "svp", *words], env=env, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_for_steps(out, steps, process):
+def wait_for_steps(out, steps, victim):
     """Until so many steps are saved, or the process has ended."""
-    import torch
-
     path = Path(out) / "checkpoint" / "state.pt"
-    while process.poll() is None:
+    while victim.returncode is None:
         if path.is_file():
             try:
                 if torch.load(path, weights_only=True)["progress"]["total_steps"] >= steps:
                     return
             except FileNotFoundError:  # the run has just finished
                 continue
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def outcome(out):
@@ -52,23 +42,25 @@ def outcome(out):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("kill") / "whole"
-    process = start(out, "fast")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    ends_well(Victim(out, "svp", "fast"))
     return outcome(out)
+
+
+def ends_well(victim):
+    _, errors = victim.end()
+    assert victim.returncode == 0, errors
 
 
 def test_kill_nine_at_random_moments(tmp_path, undisturbed):
     out, chance = tmp_path / "run", random.Random(time.time_ns())
     for steps in (3, 14):
-        process = start(out, *(["resume"] if steps > 3 else []))
-        wait_for_steps(out, steps, process)
+        victim = Victim(out, "svp", *(["resume"] if steps > 3 else []))
+        wait_for_steps(out, steps, victim)
         time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        process.communicate(timeout=60)
-    process = start(out, "fast", "resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+        victim.send(signal.SIGKILL)
+        victim.end()
+        assert victim.returncode == -signal.SIGKILL
+    ends_well(Victim(out, "svp", "fast", "resume"))
     assert outcome(out) == undisturbed
     assert sorted(os.listdir(out)) == ["config.yaml", "metrics.jsonl", "model", "predictions.csv", "result.json"]
 
@@ -76,12 +68,10 @@ def test_kill_nine_at_random_moments(tmp_path, undisturbed):
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_process_after_saving(kind, tmp_path, undisturbed):
     out = tmp_path / "run"
-    process = start(out)
-    wait_for_steps(out, 5, process)
-    process.send_signal(kind)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -kind or (kind == signal.SIGINT and "KeyboardInterrupt" in errors), errors
-    process = start(out, "fast", "resume")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    victim = Victim(out, "svp")
+    wait_for_steps(out, 5, victim)
+    victim.send(kind)
+    _, errors = victim.end()
+    assert victim.returncode == -kind or (kind == signal.SIGINT and "KeyboardInterrupt" in errors), errors
+    ends_well(Victim(out, "svp", "fast", "resume"))
     assert outcome(out) == undisturbed

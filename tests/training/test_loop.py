@@ -22,6 +22,7 @@ from training.small import RECIPE, model, splits
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(machine, "git_revision", lambda: None)  # the tree may change while tests run
+    monkeypatch.setattr(machine.gc, "collect", lambda: 0)  # half of the time of a run as small as these
 
 
 def numbers(result):

@@ -4,10 +4,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,33 +12,28 @@ from safetensors.torch import load_file
 
 from svp.training.feed import my_batches
 from svp.training.machine import Team
+from training.victim import Victim
 
-VICTIM = Path(__file__).with_name("victim.py")
 
-
-def start(out, method, processes, *words, seconds=1000):
-    """victim.py as torchrun would start it."""
+def start(out, method, processes, *words, seconds=1000.0):
+    """One run, in processes as torchrun would start them."""
+    if processes == 1:
+        return [Victim(out, method, *words, seconds=seconds)]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            env |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }  # fmt: skip
-        command = [sys.executable, str(VICTIM), str(out), str(seconds), method, *words]
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    return started
+    team = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        Victim(out, method, *words, seconds=seconds, variables=team | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
 
 
 def run(*how, **more):
     """What the processes printed, once all have ended well."""
     started = start(*how, **more)
-    ends = [process.communicate(timeout=200) for process in started]
-    assert all(p.returncode == 0 for p in started), ends
+    ends = [victim.end() for victim in started]
+    assert all(victim.returncode == 0 for victim in started), ends
     return [text for text, _ in ends]
 
 
@@ -66,13 +58,13 @@ def test_two_processes_are_one(method, tmp_path):
 @pytest.mark.skipif(os.name == "nt" or not torch.distributed.is_available(), reason="signals of POSIX, gloo")
 def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path):
     run(tmp_path / "whole", "svp", 2, "fast")
-    first, second = started = start(tmp_path / "half", "svp", 2, seconds=0)
+    first, second = started = start(tmp_path / "half", "svp", 2, seconds=0.0)
     state = tmp_path / "half" / "checkpoint" / "state.pt"
-    while not state.is_file() and first.poll() is None:
+    while not state.is_file() and first.returncode is None:
         time.sleep(0.01)
-    second.send_signal(signal.SIGTERM)
-    for process in started:
-        process.communicate(timeout=100)
+    second.send(signal.SIGTERM)
+    for victim in started:
+        victim.end()
     assert second.returncode == -signal.SIGTERM and first.returncode in (-signal.SIGTERM, 143)
     assert state.is_file() and not (tmp_path / "half" / "result.json").exists()
     run(tmp_path / "half", "svp", 2, "fast", "resume")
