@@ -63,6 +63,7 @@ def test_the_table_of_doctor():
     for op in ("selective_scan", "causal_conv1d"):
         rows = table(op)
         assert [row.chosen for row in rows].count(True) == 1 and rows[-1].reason is None
+        assert rows[0].name == "cpu" and rows[0].chosen == native.available  # "auto" in float32 means the C++ kernel
     (cpu, *_) = table("selective_scan", dtype=torch.float64)
     assert "float64" in cpu.reason
     assert "it needs cpu" in table("selective_scan", device="cuda")[0].reason

@@ -11,6 +11,7 @@ from support import GOLDEN
 from svp.errors import SvpError
 from svp.training.optim import Average, clip_gradients, lr_at, optimizer_for, parameter_groups, warmup_steps
 from svp.training.recipe import Recipe, recipe_named
+from svp.training.recipes.svp_released import RECIPES as RELEASED
 
 COLUMNS = {
     "CUB200": "svp-cub200", "CIFAR": "svp-cifar100", "CIFAR10": "svp-cifar10", "DTD": "svp-dtd", "DOGS": "svp-dogs",
@@ -22,6 +23,7 @@ def test_released_schedules_to_the_last_digit():
     with open(GOLDEN / "svp" / "lr_schedule.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 100
+    assert set(rows[0]) == {"epoch", *COLUMNS} and set(COLUMNS.values()) == set(RELEASED)
     for column, name in COLUMNS.items():
         recipe = recipe_named(name)
         for row in rows:
