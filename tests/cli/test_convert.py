@@ -33,7 +33,10 @@ def authors(net, tmp_path):
     for i in range(2):
         state |= {f"prompt_generator.{i}.0.weight": torch.randn(8, 16), f"prompt_generator.{i}.0.bias": torch.randn(8)}
         state |= {f"prompt_generator.{i}.1.weight": torch.randn(16, 8), f"prompt_generator.{i}.1.bias": torch.randn(16)}
-    state |= {"prompt_generator_shared.0.0.weight": torch.randn(16, 16), "prompt_generator_shared.0.0.bias": torch.randn(16)}
+    state |= {
+        "prompt_generator_shared.0.0.weight": torch.randn(16, 16),
+        "prompt_generator_shared.0.0.bias": torch.randn(16),
+    }
     torch.save({"model": state, "epoch": 9, "args": argparse.Namespace(shared_layers=2)}, tmp_path / "best.pth")
     return tmp_path / "best.pth"
 
@@ -72,7 +75,7 @@ def test_nothing_is_overwritten_unasked(svp, checkpoint, tmp_path):
 
 def test_an_adapter_of_the_authors_code_becomes_a_folder(svp, authors, tmp_path):
     told = svp("convert", authors, tmp_path / "ours")
-    assert told.code == 0 and "all 33 frozen tensors equal" in told.out or "frozen tensors equal" in told.out
+    assert (told.code == 0 and "all 33 frozen tensors equal" in told.out) or "frozen tensors equal" in told.out
     assert "adapter written: " in told.out
     model = package.load(tmp_path / "ours")
     assert model.num_classes == 5 and model.specs[0][1]["shared_layers"] == 2

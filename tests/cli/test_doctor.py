@@ -27,14 +27,18 @@ def test_the_findings_for_programs(svp):
     rows = {(row["op"], row["kernel"]): row for row in found["kernels"] if row["device"] == "cpu"}
     assert rows["selective_scan", "cpu"]["chosen"] and not rows["selective_scan", "reference"]["chosen"]
     assert {c["op"] for c in found["comparisons"]} == {"selective_scan", "causal_conv1d"}
-    assert all(c["is_right"] and c["error"] < 1e-5 and c["seconds"] < c["reference_seconds"] for c in found["comparisons"])
+    assert all(
+        c["is_right"] and c["error"] < 1e-5 and c["seconds"] < c["reference_seconds"] for c in found["comparisons"]
+    )
 
 
 def test_the_environment_is_shown(svp, monkeypatch):
     monkeypatch.setattr(doctor, "comparisons", lambda rows: [])
     monkeypatch.setenv("SVP_KERNEL", "reference")
     told = svp("doctor")
-    assert told.code == 0 and "SVP_KERNELreference (environment)" in told.out.replace(" ", "", 1) or "reference (environment)" in told.out
+    assert (
+        told.code == 0 and "SVP_KERNELreference (environment)" in told.out.replace(" ", "", 1)
+    ) or "reference (environment)" in told.out
     monkeypatch.setenv("SVP_KERNEL", "fast")
     told = svp("doctor")
     assert told.code == 1 and "SVP_KERNEL is fast" in told.out and "cure: unset SVP_KERNEL" in told.out
@@ -98,6 +102,11 @@ def test_an_absent_package_is_named(svp, monkeypatch):
 
 def test_a_level_that_is_not_there_is_explained():
     code = "import sys; from svp.cli.main import run; sys.exit(run(['doctor']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**__import__("os").environ, "SVP_ISA": "avx9"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "SVP_ISA": "avx9"},
+    )
     if native.available:
         assert done.returncode == 1 and "the instruction-set level 'avx9' is not to be had here" in done.stdout

@@ -94,6 +94,12 @@ def test_what_cannot_be_measured(svp, trained, tmp_path, words, code, problem):
     half.mkdir()
     (half / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "file").write_text("")
-    places = {"empty": tmp_path / "empty", "half": half, "runs": trained.parent, "run": trained, "file": tmp_path / "file"}
+    places = {
+        "empty": tmp_path / "empty",
+        "half": half,
+        "runs": trained.parent,
+        "run": trained,
+        "file": tmp_path / "file",
+    }
     told = svp("eval", *(word.format(**places) for word in words))
     assert told.code == code and problem in told.err and "hint: " in told.err and told.out == ""

@@ -36,7 +36,9 @@ def test_help_and_usage_errors_load_nothing_heavy():
     assert done.returncode == 0, done.stderr[-500:]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["list", "methods"], ["train", "digits", "--metod", "x"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["list", "methods"], ["train", "digits", "--metod", "x"]]
+)
 def test_they_take_less_than_half_a_second(words):
     def seconds():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -47,7 +49,9 @@ def test_they_take_less_than_half_a_second(words):
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-@pytest.mark.parametrize("typed,meant", [("trian", "svp train"), ("test", "svp eval"), ("models", "svp list backbones")])
+@pytest.mark.parametrize(
+    "typed,meant", [("trian", "svp train"), ("test", "svp eval"), ("models", "svp list backbones")]
+)
 def test_a_mistyped_verb_gets_a_hint(svp, typed, meant):
     told = svp(typed)
     assert told.code == 2 and told.err == f"error: there is no verb '{typed}'\nhint: {meant}\n"
@@ -110,6 +114,8 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
 def test_a_reader_that_went_away_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "svp", "list", "recipes"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "svp", "list", "recipes"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
     os.close(writing)
     assert done.returncode == 0 and "Error" not in done.stderr and "Traceback" not in done.stderr

@@ -70,7 +70,12 @@ def test_a_dry_run_keeps_nothing_and_shows_where_values_are_from(svp, config, tm
         (["digits", "--method", "svq"], 2, "there is no method 'svq'", "did you mean svp?"),
         (["digits", "--method", "svp:papr"], 2, "no preset of svp named 'papr'", "did you mean paper?"),
         (["digits", "--method", "svp,svp"], 2, "named twice", "--method"),
-        (["digits", "--method", "svp,linear", "-s", "hidden=3"], 2, "which of linear, svp is meant?", "-s svp.hidden=…"),
+        (
+            ["digits", "--method", "svp,linear", "-s", "hidden=3"],
+            2,
+            "which of linear, svp is meant?",
+            "-s svp.hidden=…",
+        ),
         (["digits", "-s", "hidden"], 2, "is not OPTION=VALUE", "-s hidden=32"),
         (["digits", "-s", "lora.rank=2"], 2, "lora is not among the methods svp", "-s svp.rank=…"),
         (["digits", "-r", "epoch=3"], 2, "named 'epoch'", "did you mean epochs?"),
@@ -103,7 +108,11 @@ def test_what_is_refused_before_anything_is_built(svp, words, code, problem, hin
 def test_a_wrong_config_names_file_and_line(svp, tmp_path, text, line, problem):
     (tmp_path / "my.yaml").write_text(text)
     told = svp("train", "--config", tmp_path / "my.yaml")
-    assert told.code == 2 and problem in told.err and f"my.yaml, {'recipe from ' * ('recipe' in text)}line {line}" in told.err
+    assert (
+        told.code == 2
+        and problem in told.err
+        and f"my.yaml, {'recipe from ' * ('recipe' in text)}line {line}" in told.err
+    )
 
 
 @pytest.mark.slow
@@ -112,8 +121,10 @@ def test_a_signal_ends_a_run_that_can_be_resumed(config, tmp_path, number, code)
     out = tmp_path / "run"
     words = ["train", "--config", str(config), "-s", "hidden=4", "--epochs", "200", "--out", str(out)]
     command = [sys.executable, "-m", "svp", *words]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in running.stderr:
-        if line.startswith("epoch   2/200"):
-            running.send_signal(number)
-    assert running.wait(60) == code and (out / "checkpoint").is_dir() and not (out / "result.json").exists()
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as running:
+        for line in running.stderr:
+            if line.startswith("epoch   2/200"):
+                running.send_signal(number)
+    assert running.returncode == code and (out / "checkpoint").is_dir() and not (out / "result.json").exists()

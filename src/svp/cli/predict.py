@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +83,9 @@ def names(images: tuple[str, ...]) -> list[str]:
         if word != "-":
             found.append(word)
             continue
-        stream = click.get_binary_stream("stdin")
-        if stream.isatty():
+        if sys.stdin.isatty():
             say("reading file names from the keyboard, one a line; Ctrl-D ends")
-        lines = [line.rstrip(b"\r") for line in stream.read().split(b"\n")]
+        lines = [line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n")]  # names need not be text
         given = [os.fsdecode(line) for line in lines if line.strip()]
         if not given:
             raise SvpError("standard input names no pictures", "ls *.jpg | svp predict RUN -", "usage")
@@ -95,8 +95,6 @@ def names(images: tuple[str, ...]) -> list[str]:
 
 def counted(labels: Iterator[Prediction | Unread], count: int, quiet: bool) -> Iterator[Prediction | Unread]:
     """The same; where a person waits for many, with a bar on stderr."""
-    import sys
-
     if quiet or count < 100 or not sys.stderr.isatty() or sys.stdout.isatty():  # what scrolls by is progress enough
         yield from labels
         return

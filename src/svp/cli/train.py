@@ -92,6 +92,7 @@ def train(plan: Plan, typed: dict[str, Any]) -> None:
     """Run the plan and print its table."""
     from svp.data.sources import open_data
     from svp.ops import native
+    from svp.training.facts import check_memory
 
     quiet = typed["quiet"]
     native.keep_freed_memory()
@@ -99,6 +100,7 @@ def train(plan: Plan, typed: dict[str, Any]) -> None:
         plan.source, protocol=plan.protocol, on_bad_image=typed["on_bad_image"], max_pixels=typed["max_pixels"]
     )
     net = backbone_of(plan)
+    check_memory(net, len(data.train), plan.recipe)  # before the probe, which would fill it
     if not native.available and plan.kernel == "auto":
         note(f"plain PyTorch computes the scan, slowly ({native.reason}); `svp doctor` tells more", quiet)
     if typed["dry_run"]:
