@@ -22,6 +22,7 @@ QUICK = [["--help"], ["--version"], ["list", "methods"], ["list", "backbones", "
 def test_every_verb_has_a_page_with_examples(svp, verb):
     page = svp(verb, "--help")
     assert page.code == 0 and page.err == ""
+    assert "\n  RUN\n" not in page.out and "\n  IN\n" not in page.out  # only options have rows
     assert page.out.startswith("Usage: svp " + verb) and f"\n  svp {verb}" in page.out.split("Examples:")[1]
 
 

@@ -133,8 +133,10 @@ def read_config(path: str) -> dict[str, Any]:
                       "img_size": tuple(backbone["img_size"]), "overrides": dict(backbone["overrides"])}  # fmt: skip
         except (KeyError, TypeError, ValueError) as err:
             raise wrong("backbone", "a name, or what config.yaml of a run holds there") from err
+    elif isinstance(backbone, str):
+        found["backbone"] = backbone
     elif backbone is not None:
-        found["backbone"] = str(backbone)
+        raise wrong("backbone", "a name, or what config.yaml of a run holds there")
     methods = values.get("methods", values.get("method"))
     if isinstance(methods, str):
         found["method"] = methods
@@ -226,7 +228,7 @@ def _composed(word: str, row: Any) -> Wanted:
         METHODS.get(name)
         options = dict(row.method_options) if name == row.method else {}
         if colon:
-            presets = method_class(name).PRESETS
+            presets = method_class(name).PRESETS  # type: ignore[attr-defined]
             if preset not in presets:
                 raise unknown(f"preset of {name} named", preset, presets, f"svp list methods {name}")
             options["preset"] = preset
@@ -243,7 +245,8 @@ def _with_options(chosen: list[Wanted], given: dict[str, Any]) -> tuple[Wanted, 
             hint = f"-s {sorted(names)[0]}.{key.partition('.')[2]}=…"
             raise SvpError(f"-s {key}: {owner} is not among the methods {', '.join(sorted(names))}", hint, "usage")
         if not dot and len(names) > 1:
-            raise SvpError(f"-s {key}: which of {', '.join(sorted(names))} is meant?", f"-s {sorted(names)[0]}.{key}=…", "usage")
+            hint = " or ".join(f"-s {name}.{key}=…" for name in sorted(names)[:3])
+            raise SvpError(f"-s {key}: which of {', '.join(sorted(names))} is meant?", hint, "usage")
 
     def filled(name: str, options: dict[str, Any]) -> dict[str, Any]:
         own = {k.partition(".")[2] or k: v for k, v in given.items() if "." not in k or k.startswith(f"{name}.")}

@@ -73,7 +73,8 @@ class Page(click.Command):
         self.sections = sections or {}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        left = {p.name: record for p in self.get_params(ctx) if (record := p.get_help_record(ctx)) is not None}
+        params = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]  # arguments stand in the text above
+        left = {p.name: record for p in params if (record := p.get_help_record(ctx)) is not None}
         for title, names in self.sections.items():
             with formatter.section(title):
                 formatter.write_dl([left.pop(name) for name in names if name in left])
