@@ -148,8 +148,8 @@ KINDS = {
 }  # fmt: skip
 
 
-class Crash(Exception):
-    pass
+class Crash(BaseException):
+    """A kill, as far as one process can play it: nothing that handles errors sees it."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
