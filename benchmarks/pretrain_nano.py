@@ -51,7 +51,9 @@ def main() -> None:
     words.add_argument("source")
     words.add_argument("out", type=Path)
     words.add_argument("--epochs", type=int, default=3, help="passes at 32 pixels")
-    words.add_argument("--finish-share", type=float, default=0.35, help="share of the training pictures seen at 64 pixels")
+    words.add_argument(
+        "--finish-share", type=float, default=0.35, help="share of the training pictures seen at 64 pixels"
+    )
     words.add_argument("--threads", type=int, default=2)
     opt = words.parse_args()
     torch.set_num_threads(opt.threads)
@@ -66,10 +68,15 @@ def main() -> None:
     large = create_backbone("vim_nano", weights=opt.out / "vim_nano_32px.safetensors")
     model, net, second = stage(large, quick.but(train=share(data.train, opt.finish_share, 1)), finish, opt.out / "64px")
     save_backbone(net, opt.out / "vim_nano.safetensors", torch.float16, classes=list(data.classes))
-    measured = evaluate(model, data, "val", batch_size=500)
+    measured = evaluate(model, data, "val", batch_size=250)
+    half = create_backbone("vim_nano", weights=opt.out / "vim_nano.safetensors", img_size=32)
+    model_32 = adapt(half, "linear", num_classes=data.num_classes, classes=data.classes, probe=False)
+    model_32.head.load_state_dict(half.head.state_dict())
+    measured_32 = evaluate(model_32, data, "val", batch_size=500)
     facts = {
         "backbone": "vim_nano", "parameters": sum(p.numel() for p in net.parameters()), "source": opt.source.split("/")[-1],
         "val_accuracy": measured.accuracy, "val_top5": measured.top5, "val_pictures": len(data.val),
+        "val_accuracy_at_32_px": measured_32.accuracy, "val_top5_at_32_px": measured_32.top5,
         "pictures_seen": opt.epochs * len(data.train) + round(opt.finish_share * len(data.train)),
         "seconds": time.time() - started, "threads": opt.threads,
         "stages": [{"recipe": r["recipe"], "val_accuracy": r["val_accuracy"]} for r in (first, second)],

@@ -34,7 +34,9 @@ def table(name: str) -> str:
     if name == "backbones":
         return markdown(("backbone", "what it is"), [(f"`{n}`", about) for n, about in registered("BACKBONES")])
     if name == "published":
-        rows = [(f"`{n}`", f"`{file}`", f"[{hub}](https://huggingface.co/{hub})") for n, (hub, file) in published().items()]
+        rows = [
+            (f"`{n}`", f"`{file}`", f"[{hub}](https://huggingface.co/{hub})") for n, (hub, file) in published().items()
+        ]
         return markdown(("backbone", "file", "where"), rows)
     path = RESULTS / f"{name}.json"
     return results(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
@@ -73,7 +75,8 @@ def cells(line: dict) -> dict[str, str]:
     return {
         "method": line["method"],
         "trained numbers": "-" if line["trained"] is None else f"{line['trained']:,}",
-        f"{line['split']} accuracy, %": f"{100 * line['mean']:.1f}" + (f" ± {100 * half:.1f}" if half is not None else ""),
+        f"{line['split']} accuracy, %": f"{100 * line['mean']:.1f}"
+        + (f" ± {100 * half:.1f}" if half is not None else ""),
         "validation, %": f"{100 * sum(val) / len(val):.1f}" if val else "-",
         "time": "-" if line["seconds"] is None else f"{line['seconds']:,.0f} s",
     }

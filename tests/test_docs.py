@@ -17,12 +17,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 RUN = ("python", "sh")
 SHOWN = ("text", "toml", "yaml", "json")  # trees, output, files: nothing to run
 FASTER = {"train": ["--epochs", "1"]}  # appended: what is typed last wins
-KEEP = ("--resume", "--config", "--dry-run")
+KEEP = ("--config", "--dry-run")
 
 
 def blocks(path):
@@ -47,11 +52,18 @@ def test_every_block_runs_or_says_why_not(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if any(b[1] in RUN and b[3] is None for b in blocks(p))], ids=by_name)
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS if any(b[1] in RUN and b[3] is None for b in blocks(p))], ids=by_name
+)
 def test_the_blocks_of(path, tmp_path):
     pictures(tmp_path)
     ran = subprocess.run(
-        [sys.executable, __file__, str(path)], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=280
+        [sys.executable, __file__, str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=280,
     )
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
 
@@ -64,7 +76,12 @@ def test_the_first_command_of_the_readme(tmp_path):
     assert command.startswith(".venv/bin/svp train digits ")
     words = [*shlex.split(command)[1:], "--epochs", "1", "--img-size", "32", "--out", str(tmp_path / "run")]
     ran = subprocess.run(
-        [sys.executable, __file__, "--", *words], cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=280
+        [sys.executable, __file__, "--", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=280,
     )
     assert ran.returncode == 0, ran.stderr
     for method in ("svp", "linear"):
@@ -150,19 +167,20 @@ def pictures(folder):
     picture(folder / "holiday" / "1.jpg", (255, 255, 80))
 
 
-def with_weights():
-    """vim_nano has weights: those that ship, else random ones in a file, so that adapters can name them."""
+def shallow_network():
+    """vim_nano with two blocks and random weights in a file, so that blocks take seconds and adapters can name the file."""
     import svp.backbones.create as create
     from svp.backbones.checkpoints import save_backbone
+    from svp.backbones.vim import VARIANTS
 
-    if create.shipped_weights("vim_nano") is None:
-        path = Path("random-vim_nano.safetensors").absolute()
-        save_backbone(create.create_backbone("vim_nano"), path)
-        create.shipped_weights = lambda name: path if name == "vim_nano" else None
+    VARIANTS["vim_nano"] = {**VARIANTS["vim_nano"], "depth": 2}
+    path = Path("vim_nano.safetensors").absolute()
+    save_backbone(create.create_backbone("vim_nano"), path)
+    create.shipped_weights = lambda name: path if name == "vim_nano" else None
 
 
 def main(words):
-    with_weights()
+    shallow_network()
     if words[0] == "--":
         return command(words[1:])
     names = {"__name__": "document"}

@@ -12,11 +12,12 @@ import pytest
 import svp
 
 ROOT = Path(__file__).parents[1]
-NAMES = """
-    create_backbone adapt load predict AdaptedModel Prediction open_data fit evaluate Recipe Run SvpError ops
-    list_backbones list_methods list_tasks list_protocols list_recipes
-""".split()  # what everybody uses
-EXTENDING = "Backbone Method Phase Seams Protocol Split Splits Evaluation".split()  # what returns, and what others build on
+NAMES = [  # what everybody uses
+    "create_backbone", "adapt", "load", "predict", "AdaptedModel", "Prediction", "open_data", "fit", "evaluate", "Recipe",
+    "Run", "SvpError", "ops", "list_backbones", "list_methods", "list_tasks", "list_protocols", "list_recipes",
+]  # fmt: skip
+# what is returned, and what others build on
+EXTENDING = ["Backbone", "Method", "Phase", "Seams", "Protocol", "Split", "Splits", "Evaluation"]
 OPS = ["causal_conv1d", "causal_conv1d_fn", "selective_scan", "selective_scan_fn"]
 HEAVY = ["torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "pyarrow", "transformers"]
 VERBS = ["train", "eval", "predict", "list", "doctor", "convert"]

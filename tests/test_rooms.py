@@ -35,7 +35,9 @@ def imports(tree: ast.AST) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: imports are absolute and whole: from svp.room.file import name"
+            assert node.level == 0, (
+                f"line {node.lineno}: imports are absolute and whole: from svp.room.file import name"
+            )
             names = [f"svp.{alias.name}" for alias in node.names] if node.module == "svp" else [node.module or ""]
             found += [(node.lineno, name) for name in names]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":

@@ -61,7 +61,7 @@ def _by_variants(stem: str, tree: ast.Module) -> dict[str, str]:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and target.id == "VARIANTS" and isinstance(node.value, ast.Dict):
-                return {key.value: first for key in node.value.keys if isinstance(key, ast.Constant)}
+                return {str(key.value): first for key in node.value.keys if isinstance(key, ast.Constant)}
     return {}
 
 

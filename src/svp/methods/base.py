@@ -100,7 +100,7 @@ class Several(Method):
         self.names = tuple(name for name, _ in parts)
         self.opt = {name: dataclasses.asdict(part.opt) for name, part in parts}
         self.num_classes = parts[0][1].num_classes
-        self.parts = nn.ModuleDict(parts)
+        self.parts = nn.ModuleDict(dict(parts))
         self.stack = Stack([part for _, part in parts])
 
     def acts(self, seam):
