@@ -367,9 +367,13 @@ def load(
             )
         spec = [(name, dict(values)) for name, values in specs]
         head = "linear" if config["head"] == "method" else config["head"]
-        model = adapt(
-            backbone, spec, num_classes=config["num_classes"], head=head, classes=config["classes"], probe=False
-        )
+        try:
+            model = adapt(
+                backbone, spec, num_classes=config["num_classes"], head=head, classes=config["classes"], probe=False
+            )
+        except SvpError as err:
+            hint = "the file was changed by hand, or by a newer svp; copy the adapter again"
+            raise SvpError(f"{folder / 'adapter_config.json'}: {err.problem}", hint, "artefact") from err
         model.preprocessing = Preprocessing.from_dict(config["preprocessing"])
         model.task = config["task"]
     except (KeyError, TypeError, ValueError) as err:
@@ -410,8 +414,8 @@ def _fill(model: AdaptedModel, path: Path) -> None:
         if own[name].shape != value.shape:
             raise SvpError(
                 f"{path}: {name} is {tuple(value.shape)}, adapter_config.json makes it {tuple(own[name].shape)}",
-                kind="artefact",
-            )
+                "the two files do not belong together; copy the adapter again", "artefact",
+            )  # fmt: skip
         if not torch.isfinite(value).all():
             raise SvpError(
                 f"{path}: {name} holds numbers that are not finite", "the training diverged; train again", "artefact"
@@ -442,7 +446,9 @@ def read_json(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as err:
         raise SvpError(f"{path} is no JSON file: {err}", "the file is damaged; copy it again", "artefact") from err
     if not isinstance(value, dict):
-        raise SvpError(f"{path} holds {type(value).__name__}, expected an object", kind="artefact")
+        raise SvpError(
+            f"{path} holds {type(value).__name__}, expected an object", "the file is damaged; copy it again", "artefact"
+        )
     return value
 
 

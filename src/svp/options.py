@@ -101,12 +101,21 @@ def type_words(hint: Any) -> str:
     )
 
 
+def _typed(value: Any) -> str:
+    """A value as one types it after `=`."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_typed, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _checked(f: dataclasses.Field, hint: Any, value: Any, what: str) -> Any:
     try:
         value = _converted(hint, value)
     except (TypeError, ValueError, OverflowError) as err:
         problem = f"{f.name} of {what} is {value!r}, expected {type_words(hint)}"
-        raise SvpError(problem, f"the default is {default_of(f)!r}", kind="usage") from err
+        raise SvpError(problem, f"the default is {_typed(default_of(f))}", kind="usage") from err
     for number in value if isinstance(value, tuple) else (value,):
         _check_range(f, number, what)
     return value
@@ -126,7 +135,9 @@ def _check_range(f: dataclasses.Field, number: Any, what: str) -> None:
     if not is_finite or not all(fits() for fits, _ in asked):
         wanted = " and ".join(["a finite number"] * (not is_finite) + [words for _, words in asked])
         raise SvpError(
-            f"{f.name} of {what} is {number}, expected {wanted}", f"the default is {default_of(f)!r}", kind="usage"
+            f"{f.name} of {what} is {number}, expected {wanted}",
+            f"the default is {_typed(default_of(f))}",
+            kind="usage",
         )
 
 

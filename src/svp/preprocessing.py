@@ -38,4 +38,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Raises ValueError, TypeError or KeyError naming what is no preprocessing."""
+        for key, length in (("crop", 2), ("mean", 3), ("std", 3)):
+            value = values[key]
+            if len(value) != length or not all(isinstance(v, (int, float)) for v in value):
+                raise ValueError(f"'preprocessing.{key}'")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -15,6 +15,7 @@ from svp.preprocessing import Preprocessing
 from svp.seams import Seams, Site, Tokens, Weights
 
 PLAIN = Seams()
+UNPREPARED = 20.0  # never negative and above this: pixel values that nobody has normalised
 
 
 class Backbone(nn.Module):
@@ -110,6 +111,13 @@ class Backbone(nn.Module):
         device = next(self.parameters()).device
         if images.device != device:
             raise SvpError(f"images are on {images.device}, {self.name} is on {device}", f"images.to('{device}')")
+        if device.type == "cpu" and not (images.requires_grad or torch.compiler.is_compiling()):  # a GPU would wait
+            low, high = (float(end) for end in torch.aminmax(images.detach())) if images.numel() else (0.0, 0.0)
+            if low >= 0 and high > UNPREPARED:
+                raise SvpError(
+                    f"images hold values from {low:g} to {high:g}, expected prepared ones (about -2 to 3)",
+                    "images / 255, then minus mean, over std; model.predict(paths) prepares pictures itself",
+                )
 
     # -- what methods may know -----------------------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ def _read_pickle(path: Path, trust_pickle: bool, ema: bool) -> Checkpoint:
     except pickle.UnpicklingError as err:
         names = _unsafe_globals(path)
         if names:
-            hint = "only if you trust where it comes from: svp convert FILE OUT --trust-pickle"
+            hint = f"only if you trust where it comes from: svp convert {path} OUT --trust-pickle"
             raise SvpError(f"{path} holds code, not only tensors: {shortened(names)}", hint, "artefact") from err
         raise SvpError(f"{path} is no PyTorch checkpoint", "expected what torch.save wrote", "artefact") from err
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as err:
@@ -236,7 +236,7 @@ def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> R
         elif name.startswith("prompt_"):
             raise SvpError(
                 f"{found.path} is an adapter trained with the authors' code, not a backbone",
-                "svp convert FILE OUT-FOLDER makes it an adapter of this package", "artefact",
+                f"svp convert {found.path} OUT-FOLDER makes it an adapter of this package", "artefact",
             )  # fmt: skip
         else:
             raise SvpError(
@@ -264,8 +264,14 @@ def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> R
                 continue
             raise SvpError(
                 f"{found.path}: {name} is {tuple(taken[name].shape)}, {net.name} needs {tuple(p.shape)}",
-                kind="artefact",
-            )
+                f"the file does not fit; `svp list backbones {net.name}` shows the sizes", "artefact",
+            )  # fmt: skip
+        if not taken[name].is_floating_point():
+            dtype = str(taken[name].dtype).removeprefix("torch.")
+            raise SvpError(
+                f"{found.path}: {name} is {dtype}, expected floating point",
+                "the file was quantised or damaged; give the original weights", "artefact",
+            )  # fmt: skip
         with torch.no_grad():
             p.copy_(taken[name])
         report.loaded.append(name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from svp.backbones.base import Backbone, pair
-from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, recognise, words
+from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, recognise, shortened, words
 from svp.errors import SvpError, unknown
 from svp.registry import BACKBONES
 
@@ -80,7 +80,9 @@ def weights_file(name: str, weights: str) -> Path:
         published = getattr(BACKBONES.get(name).load(), "PUBLISHED", {})
         if name not in published:
             raise SvpError(
-                f"no weights ship with {name} and none are published", "weights=None for random ones", "artefact"
+                f"no weights ship with {name} and none are published",
+                "--weights none (in Python None) for random ones",
+                "artefact",
             )
         return from_hub(*published[name])
     if weights.startswith("hf:"):
@@ -123,8 +125,9 @@ def _fitted(
     seen = recognise(found.tensors)
     if seen is None:
         raise SvpError(
-            f"{found.path} does not look like {name}: it holds {words(None)}", "svp list backbones", "artefact"
-        )
+            f"{found.path} does not look like {name}: it holds {words(None)}",
+            f"its tensors: {shortened(found.tensors)}; `svp list backbones` shows what is known", "artefact",
+        )  # fmt: skip
     defaults = dict(depth=24, d_state=16, expand=2, patch_size=16)
     wanted = {**defaults, **{k: v for k, v in sizes.items() if k in (*defaults, "embed_dim", "dt_rank")}}
     wrong = [k for k, v in wanted.items() if k in seen and v is not None and seen[k] != v]

@@ -72,6 +72,12 @@ class Vim(Backbone):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
+        for what, value in dict(
+            embed_dim=embed_dim, depth=depth, d_state=d_state, d_conv=d_conv, expand=expand, patch_size=patch_size,
+            stride=1 if stride is None else stride, dt_rank=1 if dt_rank is None else dt_rank,
+        ).items():  # fmt: skip
+            if not isinstance(value, int) or value < 1:
+                raise SvpError(f"{what} of {name} is {value!r}, expected a whole number from 1", f"svp list backbones {name}", "usage")  # fmt: skip
         self.name, self.depth, self.embed_dim, self.num_features = name, depth, embed_dim, embed_dim
         self.num_classes, self.drop_path_rate, self.norm_eps = num_classes, drop_path_rate, norm_eps
         self.patch_size, self.stride, self.cls_kind = patch_size, stride or patch_size, cls_token
@@ -383,7 +389,8 @@ def grid_of(img_size: tuple[int, int], patch: int, stride: int) -> tuple[int, in
                            f"the nearest sizes that do: {near}", kind="usage")  # fmt: skip
     if max(img_size) > 4096:
         tokens = ((img_size[0] - patch) // stride + 1) * ((img_size[1] - patch) // stride + 1)
-        raise SvpError(f"img_size is {max(img_size)} pixels, at most 4096 ({tokens} tokens a picture)", kind="usage")
+        raise SvpError(f"img_size is {max(img_size)} pixels, at most 4096 ({tokens:,} tokens a picture)",
+                       f"a smaller size, for example --img-size {patch + 216 // stride * stride}", kind="usage")  # fmt: skip
     h, w = ((side - patch) // stride + 1 for side in img_size)
     return h, w
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from svp.cli.words import without_dashes
 from svp.errors import SvpError, nearest, unknown
 from svp.options import assignments
 from svp.registry import METHODS, method_class
@@ -69,7 +70,9 @@ class Plan:
 class Words:
     """Looks a value up on the command line, then in the config file, then in the recipe row, and remembers where it was."""
 
-    def __init__(self, typed: dict[str, Any], config: dict[str, Any], row: dict[str, Any], path: str | None, row_name: str):
+    def __init__(
+        self, typed: dict[str, Any], config: dict[str, Any], row: dict[str, Any], path: str | None, row_name: str
+    ):
         self.places = (("command line", typed), (path or "config", config), (f"recipe {row_name}", row))
         self.origins: dict[str, str] = {}
 
@@ -93,6 +96,8 @@ def plan_from(typed: dict[str, Any]) -> Plan:
     source = words.get("source", None)
     if source is None:
         raise SvpError("no SOURCE was given", "svp train digits, or svp train folder:photos/", "usage")
+    if (meant := without_dashes(str(source))) is not None and not Path(source).exists():
+        raise meant
     weights = words.get("weights", WEIGHTS)
     machine = config.get("machine") or {}
     return Plan(
@@ -114,6 +119,7 @@ def read_config(path: str) -> dict[str, Any]:
         return SvpError(f"{path}, line {lines.get(key, 1)}: {key} is {str(values[key])[:80]!r}, expected {expected}",
                         "config.yaml of a run shows the form", "usage")  # fmt: skip
 
+    check_version(values.get("svp_version"), path)
     for key in values:
         if key not in CONFIG_KEYS:
             close = nearest(key, CONFIG_KEYS)
@@ -121,16 +127,24 @@ def read_config(path: str) -> dict[str, Any]:
                 f"{path}, line {lines[key]}: there is no setting '{key}'",
                 f"did you mean {close[0]}?" if close else f"settings are {', '.join(CONFIG_KEYS)}", "usage",
             )  # fmt: skip
-    check_version(values.get("svp_version"), path)
-    found = {k: values[k] for k in ("source", "weights", "img_size", "head", "seed", "amp") if values.get(k) is not None}
+    found = {
+        k: values[k] for k in ("source", "weights", "img_size", "head", "seed", "amp") if values.get(k) is not None
+    }
     for key in ("source", "weights", "head", "amp"):
         if key in found and not isinstance(found[key], str):
             raise wrong(key, "text")
+    for key, choices in (("head", ("linear", "two_linear", "method")), ("amp", ("auto", "off", "bf16", "fp16"))):
+        if key in found and found[key] not in choices:
+            raise wrong(key, " or ".join(choices))
+    if "img_size" in found and not _is_size(found["img_size"]):
+        raise wrong("img_size", "a whole number of pixels, or [height, width]")
     backbone = values.get("backbone")
     if isinstance(backbone, dict):
         try:
             found |= {"backbone": str(backbone["name"]), "weights": backbone["weights"], "kernel": backbone["kernel"],
                       "img_size": tuple(backbone["img_size"]), "overrides": dict(backbone["overrides"])}  # fmt: skip
+            if not _is_size(found["img_size"]):
+                raise ValueError
         except (KeyError, TypeError, ValueError) as err:
             raise wrong("backbone", "a name, or what config.yaml of a run holds there") from err
     elif isinstance(backbone, str):
@@ -155,14 +169,22 @@ def read_config(path: str) -> dict[str, Any]:
     seeds = values.get("seeds", found.pop("seed", None))
     if seeds is not None:
         seeds = seeds if isinstance(seeds, list) else [seeds]
-        if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
+        if not all(map(_is_count, seeds)):
             raise wrong("seeds" if "seeds" in values else "seed", "whole numbers from 0")
         found["seeds"] = tuple(seeds)
     if (machine := values.get("machine")) is not None:
-        if not isinstance(machine, dict):
-            raise wrong("machine", "device and workers")
+        if not isinstance(machine, dict) or not _is_count(machine.get("workers") or 0):
+            raise wrong("machine", "device and workers, a whole number from 0")
         found["machine"] = machine
     return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)))
 
 
 def _protocol(value: Any, wrong: Any) -> Any:
@@ -193,13 +215,17 @@ def _recipe(typed: dict[str, Any], config: dict[str, Any], row: Any, words: Word
         try:
             recipe = recipe.but(**config["recipe"])
         except SvpError as err:
-            raise SvpError(f"{path}, recipe from line {config['recipe_line']}: {err.problem}", err.hint, "usage") from err
+            raise SvpError(
+                f"{path}, recipe from line {config['recipe_line']}: {err.problem}", err.hint, "usage"
+            ) from err
         words.origins |= {f"recipe.{name}": str(path) for name in config["recipe"]}
     fields = assignments(typed.get("recipe_fields") or (), "-r")
     flags = {name: typed[name] for name in SHORTCUTS if typed.get(name) is not None}
     for name in fields.keys() & flags.keys():
         if fields[name] != flags[name]:
-            raise SvpError(f"-r {name}={fields[name]} and --{name.replace('_', '-')} {flags[name]} disagree", "give one", "usage")
+            raise SvpError(
+                f"-r {name}={fields[name]} and --{name.replace('_', '-')} {flags[name]} disagree", "give one", "usage"
+            )
     words.origins |= {f"recipe.{name}": "command line" for name in fields | flags}
     return recipe.but(**fields, **{k: v for k, v in flags.items() if k not in fields})
 
@@ -224,7 +250,9 @@ def _composed(word: str, row: Any) -> Wanted:
     for part in word.split("+"):
         name, colon, preset = part.strip().partition(":")
         if not name:
-            raise SvpError(f"--method '{word}' names no method", "--method svp,linear compares, svp+lora composes", "usage")
+            raise SvpError(
+                f"--method '{word}' names no method", "--method svp,linear compares, svp+lora composes", "usage"
+            )
         METHODS.get(name)
         options = dict(row.method_options) if name == row.method else {}
         if colon:

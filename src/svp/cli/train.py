@@ -39,12 +39,18 @@ SECTIONS = {
 @click.option("--backbone", metavar="NAME", help="The frozen network; `svp list backbones`.  [default: vim_nano]")
 @click.option("--weights", metavar="default|none|FILE|hf:OWNER/NAME", help="Its weights.  [default: default]")
 @click.option("--method", metavar="NAME,…", help="How it is adapted: svp,linear compares, svp+lora composes, svp:published names a preset; `svp list methods`.  [default: svp]")  # fmt: skip
-@click.option("--head", type=click.Choice(["linear", "two_linear"]), help="What comes after the feature.  [default: linear]")
-@click.option("--set", "-s", "method_options", metavar="[METHOD.]OPTION=VALUE", multiple=True, help="An option of a method.")
+@click.option(
+    "--head", type=click.Choice(["linear", "two_linear"]), help="What comes after the feature.  [default: linear]"
+)
+@click.option(
+    "--set", "-s", "method_options", metavar="[METHOD.]OPTION=VALUE", multiple=True, help="An option of a method."
+)
 @click.option("--recipe", metavar="NAME|FILE.yaml", help="How it is trained; `svp list recipes`.  [default: default]")
 @click.option("-r", "recipe_fields", metavar="FIELD=VALUE", multiple=True, help="A field of the recipe.")
 @click.option("--protocol", metavar="NAME", help="Split and selection rule; `svp list protocols`.  [default: default]")
-@click.option("--epochs", type=click.IntRange(0, 100_000), help="Passes over the training pictures; 0 with --dry-run only.")
+@click.option(
+    "--epochs", type=click.IntRange(0, 100_000), help="Passes over the training pictures; 0 with --dry-run only."
+)
 @click.option("--lr", type=Finite(above=0), help="Learning rate.  [default: the method's own]")
 @click.option("--weight-decay", type=Finite(low=0), help="Weight decay.")
 @click.option("--batch-size", "-b", type=click.IntRange(1, 1_000_000), help="Pictures of a forward pass.")
@@ -77,7 +83,9 @@ def command(**typed: Any) -> None:
     from svp.cli.plan import plan_from
 
     if typed["resume"] and typed["overwrite"]:
-        raise SvpError("--resume and --overwrite exclude each other", "--resume continues, --overwrite starts again", "usage")
+        raise SvpError(
+            "--resume and --overwrite exclude each other", "--resume continues, --overwrite starts again", "usage"
+        )
     ctx = click.get_current_context()
     for name in ("device", "amp"):  # their defaults stand in the help page; what nobody typed is no word
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
@@ -123,9 +131,7 @@ def backbone_of(plan: Plan) -> Any:
 def model_of(plan: Plan, wanted: Wanted, net: Any, data: Splits, seed: int) -> AdaptedModel:
     from svp.model import adapt
 
-    return adapt(
-        net, list(wanted.specs), num_classes=data.num_classes, head=plan.head, classes=data.classes, seed=seed
-    )
+    return adapt(net, list(wanted.specs), num_classes=data.num_classes, head=plan.head, classes=data.classes, seed=seed)
 
 
 def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[list[tuple[str, dict]], list[Any]]:
@@ -137,7 +143,7 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
     quiet = typed["quiet"]
     progress = Progress(quiet)
     todo = [(wanted, seed, plan.out(typed["out"], wanted, seed)) for wanted in plan.wanted for seed in plan.seeds]
-    half = [folder for _, _, folder in todo if (folder / "config.yaml").exists()]
+    half = [folder for _, _, folder in todo if os.path.exists(folder / "config.yaml")]
     results: list[tuple[str, dict]] = []
     folders: list[Any] = []
     try:
@@ -174,7 +180,8 @@ def introduce(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> None
     cut = "straight to" if p.exact else f"shorter side {p.shorter_side}, centre crop"
     say(f"{data.source}: {data.num_classes} classes; pictures {cut} {p.crop[0]} x {p.crop[1]}, bicubic", typed["quiet"])
     for text in net.report.notes:
-        note(f"{net.weights_from}: {text}", typed["quiet"])
+        if not text.startswith("head."):  # the network's own head is not used
+            note(f"{net.weights_from}: {text}", typed["quiet"])
     say(f"{net.name}, weights {net.weights_from}; scan kernel {kernel_name(net, device)}{level}", typed["quiet"])
 
 
@@ -199,7 +206,9 @@ def show(plan: Plan, data: Splits, results: list[tuple[str, dict]], folders: lis
     if typed["as_json"]:
         from svp.cli.words import print_json
 
-        runs = [{"method": label, "folder": str(f), **result} for (label, result), f in zip(results, folders, strict=True)]
+        runs = [
+            {"method": label, "folder": str(f), **result} for (label, result), f in zip(results, folders, strict=True)
+        ]
         print_json({"table": [as_dict(line) for line in table], "runs": runs})
         return
     shown = [cells(line) for line in table]
@@ -214,10 +223,16 @@ def show(plan: Plan, data: Splits, results: list[tuple[str, dict]], folders: lis
 
         low, high = binomial_interval(table[0].mean, count)
         words = f"one seed, {count:,} pictures: {table[0].label} lies between {100 * low:.1f} and {100 * high:.1f} % (95 %, Wilson)"
-    say(f"{split} accuracy at the epoch that {data.protocol.select if data.protocol.select != 'val' else 'validation'} selects; {words}", typed["quiet"])
+    say(
+        f"{split} accuracy at the epoch that {data.protocol.select if data.protocol.select != 'val' else 'validation'} selects; {words}",
+        typed["quiet"],
+    )
     skipped = data.skipped
     if skipped:
-        note(f"{len(skipped)} pictures were left out: {'; '.join(skipped[:3])}{' …' if len(skipped) > 3 else ''}", typed["quiet"])
+        note(
+            f"{len(skipped)} pictures were left out: {'; '.join(skipped[:3])}{' …' if len(skipped) > 3 else ''}",
+            typed["quiet"],
+        )
     where = folders[0] if len(folders) == 1 else os.path.commonpath([str(f) for f in folders])
     say(f"saved in {where}; next: svp predict {folders[0]} PICTURE", typed["quiet"])
 

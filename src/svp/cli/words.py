@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from svp.errors import SvpError
+
 DEVICE = click.option("--device", metavar="auto|cpu|cuda|mps", default="auto", show_default=True, help="Where to compute.")  # fmt: skip
 AMP = click.option(
     "--amp", type=click.Choice(["auto", "off", "bf16", "fp16"]), default="auto", show_default=True,
@@ -39,7 +41,13 @@ class Finite(click.ParamType):
             number = float(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is no number", param, ctx)
-        wanted = f"above {self.above:g}" if self.above is not None else f"at least {self.low:g}" if self.low is not None else ""
+        wanted = (
+            f"above {self.above:g}"
+            if self.above is not None
+            else f"at least {self.low:g}"
+            if self.low is not None
+            else ""
+        )
         inside = (self.above is None or number > self.above) and (self.low is None or number >= self.low)
         if not math.isfinite(number) or not inside:
             self.fail(f"{value} is not a finite number {wanted}".rstrip(), param, ctx)
@@ -90,6 +98,14 @@ class Page(click.Command):
 def examples(*lines: str) -> str:
     """The epilog of a help page."""
     return "Examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def without_dashes(word: str) -> SvpError | None:
+    """The error for `epochs=10`, as other programs have it, or None for any other word."""
+    key, equals, value = word.partition("=")
+    if not equals or not key.isidentifier():
+        return None
+    return SvpError(f"{word} is not understood", f"use --{key.replace('_', '-')} {value}, or -r {key}={value}", "usage")
 
 
 def say(text: str, quiet: bool = False) -> None:

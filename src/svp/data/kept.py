@@ -20,7 +20,7 @@ class Kept:
     """
 
     def __init__(self, count: int, slot_bytes: int, limit_bytes: int = LIMIT_BYTES):
-        self.count, self.slot, self.limit = count, slot_bytes, min(limit_bytes, _memory_bytes() // 4)
+        self.count, self.slot, self.limit = count, slot_bytes, min(limit_bytes, memory_bytes() // 4)
         self.sizes: np.ndarray | None = None
         if 0 < count * (slot_bytes + 8) <= self.limit:
             self._take()
@@ -57,7 +57,7 @@ class Kept:
         self.__init__(count, slot, limit // 4)  # type: ignore[misc]
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Memory of this machine, or of the container around us."""
     try:
         found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

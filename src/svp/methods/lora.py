@@ -42,12 +42,14 @@ class Lora(Method):
     def unfit(cls, site, opt):
         if any(block.kinds != ("mixer",) for block in site.blocks):
             return "its targets are those of Mamba blocks"
-        for target in opt.targets:
-            if target not in MAMBA_TARGETS:
-                close = nearest(target, MAMBA_TARGETS)
-                return f"target '{target}' is none of {', '.join(MAMBA_TARGETS)}" + (
-                    f"; did you mean {close[0]}?" if close else ""
-                )
+        if not opt.targets:
+            return f"targets is empty, expected some of {', '.join(MAMBA_TARGETS)}"
+        strange = [target for target in opt.targets if target not in MAMBA_TARGETS]
+        if strange:
+            close = nearest(strange[0], MAMBA_TARGETS)
+            return f"targets {', '.join(strange)} are none of {', '.join(MAMBA_TARGETS)}" + (
+                f"; did you mean {close[0]}?" if close else ""
+            )
         if opt.dropout and set(opt.targets) & set(BOTH_WAYS):
             return "dropout acts on in_proj, X, Z and out_proj only: the other products are made inside the scan"
         widest = max(site.blocks[0].width, site.blocks[0].e)

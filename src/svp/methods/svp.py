@@ -40,14 +40,16 @@ class SVP(Method):
         inner: bool = option(True, "the inner path, one generator a block (Eq. 5)")
         cross: bool = option(True, "the cross path, one generator a group of blocks (Eq. 4)")
         hidden: int | Literal["relative"] = option(
-            64, "width of the inner generator; relative: round(64 d / 384)", low=1
+            64, "width of the inner generator; relative: round(64 d / 384)", low=1, high=65_536
         )
         inner_mid_act: Activation = option("none", "activation between down and up")
         inner_act: Activation = option("silu", "activation at the end of the inner path")
         cross_kind: Literal["linear", "bottleneck"] = option(
             "linear", "cross generator: one d x d layer, or down and up"
         )
-        cross_hidden: int | None = option(None, "width of a bottleneck cross generator; none: hidden", low=1)
+        cross_hidden: int | None = option(
+            None, "width of a bottleneck cross generator; none: hidden", low=1, high=65_536
+        )
         cross_act: Activation = option("silu", "activation at the end of the cross path")
         bias: bool = option(True, "biases in the generators")
         shared_layers: int = option(8, "blocks that share one cross generator; paper: 4, 6, 8 or 12", low=1)
@@ -82,6 +84,8 @@ class SVP(Method):
     def unfit(cls, site, opt):
         depth = len(site.blocks)
         outside = [i for i in opt.layers or () if not 0 <= i < depth]
+        if opt.layers == ():
+            return f"layers is empty: name some of the blocks 0…{depth - 1}, or none for all"
         if outside:
             return f"layer {outside[0]} is out of range: {site.name} has blocks 0…{depth - 1}"
         if opt.add_to == "branch" and (opt.gen_input == "hidden" or opt.cross_source == "first_half"):

@@ -80,7 +80,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch raises many kinds for damaged files
-        raise SvpError(f"{path} cannot be read: {err}", "start again with --overwrite", "artefact") from err
+        raise SvpError(f"{path} cannot be read: it is damaged", "start again with --overwrite", "artefact") from err
 
 
 def clone(state: State) -> State:

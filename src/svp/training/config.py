@@ -9,7 +9,11 @@ import yaml
 
 from svp.errors import SvpError
 
-LIMIT_BYTES = 10_000_000
+LIMIT_BYTES, LIMIT_DEPTH = 10_000_000, 40
+OPENING = (
+    yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken,
+)  # fmt: skip
+CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -20,9 +24,13 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     path = Path(path)
     text = _text(path)
     try:
+        depth = 0
         for token in yaml.scan(text):
             if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
                 raise _wrong(path, token.start_mark.line, f"the anchor or alias '{token.value}' is not read")
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > LIMIT_DEPTH:  # the time that YAML takes grows with the square of the depth
+                raise _wrong(path, token.start_mark.line, f"values lie in more than {LIMIT_DEPTH} others")
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as err:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from svp.backbones.base import Backbone
+from svp.data import kept
 from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Method, Several
@@ -47,6 +49,21 @@ def notes_of(data: Splits) -> list[str]:
     """What was noticed about the data, and what a run makes of it; of splits made in Python too."""
     told = ["there is no test split: validation is what is reported"] if data.test is None else []
     return [*data.notes, *told]
+
+
+def check_memory(net: Backbone, count: int, recipe: Recipe) -> None:
+    """Raise SvpError when one layer's values of a batch alone, at two bytes each, do not fit into the machine's memory."""
+    site = net.site()
+    tokens, wide = site.grid[0] * site.grid[1], max((2 * block.e or block.width) for block in site.blocks)
+    n = min(recipe.batch_size, count)
+    need, have = 2 * n * tokens * wide, kept.memory_bytes()
+    if need > have:
+        size = " x ".join(map(str, net.img_size))
+        raise SvpError(
+            f"img_size {size} with batches of {n} needs more than {need / 2**30:,.1f} GiB for one layer, "
+            f"this machine has {have / 2**30:,.1f} GiB",
+            f"a smaller --img-size, or --batch-size {max(n * have // need // 8, 1)}", "usage",
+        )  # fmt: skip
 
 
 def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, amp: str) -> dict[str, Any]:

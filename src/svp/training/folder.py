@@ -40,10 +40,7 @@ class RunFolder:
         Raises SvpError for foreign content, other settings in the same folder, a half run without `resume`, a second
         process at work, and what the system refuses.
         """
-        with self.guarded("made"):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._refuse_foreign()
-        with self._locked():
+        with self._made(), self._locked():
             if overwrite:
                 self.clear()
             held = self.settings()
@@ -59,7 +56,26 @@ class RunFolder:
                         "--resume continues it, --overwrite starts again",
                         "usage",
                     )
-            yield self
+            try:
+                yield self
+            except Exception:
+                if held is None and self.snapshot_file() is None and self.result() is None:
+                    self.clear()  # nothing to resume: the next attempt may have other settings
+                raise
+
+    @contextlib.contextmanager
+    def _made(self) -> Iterator[None]:
+        """The folder made where it is missing; what was made and is still empty in the end is removed."""
+        made = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
+        with self.guarded("made"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._refuse_foreign()
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()
 
     def _refuse_foreign(self) -> None:
         names = sorted(p.name for p in self.path.iterdir())
@@ -119,12 +135,12 @@ class RunFolder:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any] | None:
-        return read_yaml(self.path / CONFIG)[0] if (self.path / CONFIG).is_file() else None
+        return read_yaml(self.path / CONFIG)[0] if os.path.isfile(self.path / CONFIG) else None
 
     def result(self) -> dict[str, Any] | None:
         """The numbers of a finished run; its presence means finished."""
         path = self.path / RESULT
-        if not path.is_file():
+        if not os.path.isfile(path):
             return None
         try:
             return json.loads(path.read_text(encoding="utf-8"))
@@ -144,7 +160,7 @@ class RunFolder:
 
     def snapshot_file(self) -> Path | None:
         path = self.path / CHECKPOINT / STATE
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None
 
     def best_file(self, epoch: int) -> Path:
         return self.path / CHECKPOINT / f"best-{epoch}.pt"

@@ -24,7 +24,7 @@ from svp.options import changed
 from svp.training import checkpoint, machine
 from svp.training.checkpoint import Progress, Snapshot
 from svp.training.evaluate import Evaluation, in_order_of, predictions, score
-from svp.training.facts import card_of, check, default_lr, notes_of, result_of, settings_of
+from svp.training.facts import card_of, check, check_memory, default_lr, notes_of, result_of, settings_of
 from svp.training.feed import (
     FeatureFeed,
     Feed,
@@ -89,6 +89,7 @@ def fit(
     given = splits
     splits = in_order_of(model, given)
     check(splits, chosen)
+    check_memory(model.backbone, len(splits.train), chosen)
     team = machine.join_team(place)
     if chosen.batch_size % team.size:
         raise SvpError(

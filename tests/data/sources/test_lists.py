@@ -46,7 +46,9 @@ def test_vtab_lines_that_are_wrong(tree, bad, words):
 
 def test_how_many_pictures_are_missing(tree):
     root = vtab(tree, {"train800.txt": ["images/0.png 0", *lines(1, 1, 1, start=50)]})
-    with pytest.raises(SvpError, match=r"the train list names .*images/50\.png and 2 more, which cannot be found"):
+    with pytest.raises(
+        SvpError, match=r"train800\.txt line 2 names .*images/50\.png and 2 more, which cannot be found"
+    ):
         open_data(root)
 
 

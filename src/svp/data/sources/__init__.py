@@ -17,6 +17,7 @@ from svp.errors import SvpError, nearest
 
 KINDS = ("folder", "parquet", "digits")
 TASKS = {"digits": "scikit-learn's 1,797 scans of handwritten digits, 10 classes; 1,077 / 360 / 360, never flipped"}
+URL = r"[a-zA-Z][a-zA-Z0-9+.-]+://"
 KNOWN = "digits, folder:DIR, parquet:DIR, or an existing folder"
 
 
@@ -57,7 +58,7 @@ def picture_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
     found: list[Path] = []
     for given in paths:
         text = str(given)
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+        if re.match(URL, text):
             raise SvpError(f"{text} is a URL; URLs are not fetched", "download the picture and give its path", "usage")
         path = Path(text)
         if os.path.isdir(path):
@@ -78,6 +79,8 @@ def picture_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 def _kind(source: str) -> tuple[str, str]:
     """(kind, path) of a source text; a bare existing folder is `parquet:` when it holds Parquet files, else `folder:`."""
+    if re.match(URL, source):
+        raise SvpError(f"{shown(source)} is a URL; URLs are not fetched", "download it and give the folder", "usage")
     kind, colon, rest = source.partition(":")
     if source == "digits":
         return "digits", ""

@@ -12,6 +12,7 @@ from svp.data.pictures import shown
 from svp.errors import SvpError
 
 Parts = dict[str, tuple[list[str], list[int]]]  # split -> (paths, labels)
+COUNTED = 1000  # a label below needs no proof that it numbers a class
 VTAB = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",), "test": ("test.txt",)}
 
 
@@ -28,14 +29,18 @@ def vtab(root: Path) -> tuple[Parts, tuple[str, ...]]:
 
     Without train800.txt, train800val200.txt is the training split and validation is not read: it lies inside.
     """
-    parts: Parts = {}
+    lists: dict[str, list[tuple[str, str, int]]] = {}
     for split, names in VTAB.items():
         path = next((root / name for name in names if (root / name).is_file()), None)
         if path is not None and not (split == "val" and not (root / "train800.txt").is_file()):
-            parts[split] = _list(root, path)
-    _must_exist(parts, root)
-    highest = max(label for _, labels in parts.values() for label in labels)
-    return parts, tuple(str(k) for k in range(highest + 1))
+            lists[split] = _list(root, path)
+    every = [row for rows in lists.values() for row in rows]
+    limit = max(COUNTED, len(every))
+    for where, _, label in every:
+        if label >= limit:
+            raise SvpError(f"{where} has label {label}, expected 0, 1, … without large gaps", "number the labels from 0", "data")  # fmt: skip
+    classes = tuple(str(k) for k in range(max(label for _, _, label in every) + 1))
+    return {split: ([path for _, path, _ in rows], [k for _, _, k in rows]) for split, rows in lists.items()}, classes
 
 
 def fgvc(root: Path) -> tuple[Parts, tuple[str, ...]]:
@@ -56,27 +61,29 @@ def fgvc(root: Path) -> tuple[Parts, tuple[str, ...]]:
         if strange:
             problem = f"{shown(root / split)}.json: {strange[0]} has class {strange[1]!r}, which train.json lacks"
             raise SvpError(problem, "check the files", "data")
-        paths = [_found(root, name, f"{split}.json") for name in names]
+        where = f"{shown(root / split)}.json"
+        paths = [_found(root, name, where) for name in names]
+        _must_exist([(where, path) for path in paths])
         parts[split] = paths, [index[k] for k in names.values()]
-    _must_exist(parts, root)
     return parts, tuple(str(k) for k in ids)
 
 
-def _list(root: Path, path: Path) -> tuple[list[str], list[int]]:
-    paths: list[str] = []
-    labels: list[int] = []
+def _list(root: Path, path: Path) -> list[tuple[str, str, int]]:
+    """(where, picture, label) of each line; `where` names file and line for messages."""
+    rows: list[tuple[str, str, int]] = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")
+        where = f"{shown(path)} line {number}"
         if not name or not re.fullmatch(r"[0-9]{1,6}", label):
-            problem = f"{shown(path)} line {number} is {line[:100]!r}, expected 'path label' with a label 0, 1, …"
+            problem = f"{where} is {line[:100]!r}, expected 'path label' with a label 0, 1, …"
             raise SvpError(problem, "correct the line", "data")
-        paths.append(_inside(root, root / name, f"{shown(path)} line {number}"))
-        labels.append(int(label))
-    if not paths:
+        rows.append((where, _inside(root, root / name, where), int(label)))
+    if not rows:
         raise SvpError(f"{shown(path)} lists no pictures", "copy it again", "data")
-    return paths, labels
+    _must_exist([(where, picture) for where, picture, _ in rows])
+    return rows
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -120,10 +127,10 @@ def _inside(root: Path, path: Path, where: str) -> str:
     return str(path)
 
 
-def _must_exist(parts: Parts, root: Path) -> None:
-    for split, (paths, _) in parts.items():
-        lost = [path for path in paths if not os.path.isfile(path)]
-        if lost:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            problem = f"{shown(root)}: the {split} list names {shown(lost[0])}{more}, which cannot be found"
-            raise SvpError(problem, "put the pictures there", "data")
+def _must_exist(named: list[tuple[str, str]]) -> None:
+    """Raise SvpError for the first (where, path) whose path is no file, with how many there are."""
+    lost = [row for row in named if not os.path.isfile(row[1])]
+    if lost:
+        where, path = lost[0]
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise SvpError(f"{where} names {shown(path)}{more}, which cannot be found", "put the pictures there", "data")

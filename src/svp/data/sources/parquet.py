@@ -19,6 +19,7 @@ NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("t
 UNFLIPPED = ("gtsrb", "svhn", "dsprites", "clevr", "mnist", "digits")  # mirrored, these pictures mean something else
 LAYOUT = "columns image {bytes, path} and label are read, as Hugging Face's datasets write them"
 ROWS = 1024  # read at a time
+COUNTED = 1000  # a label below needs no proof that it numbers a class
 
 
 def open_source(request: Request) -> Splits:
@@ -140,8 +141,19 @@ def _common_classes(files: list[_File]) -> tuple[str, ...]:
         if file.classes != named[0].classes:
             problem = f"{shown(file.path)} and {shown(named[0].path)} name different classes"
             raise SvpError(problem, "write all files with the same class names", "data")
-    highest = max((int(labels.max(initial=-1)) for file in files for labels in file.labels), default=-1)
-    return named[0].classes if named else tuple(str(k) for k in range(highest + 1))
+    return named[0].classes if named else tuple(str(k) for k in range(_highest(files) + 1))
+
+
+def _highest(files: list[_File]) -> int:
+    """The highest label, which cannot be far above the number of pictures: classes are counted from 0."""
+    limit = max(COUNTED, sum(len(file.names) for file in files))
+    for file in files:
+        labels = np.concatenate([np.zeros(0, dtype=np.int64), *file.labels])
+        wrong = np.flatnonzero(labels >= limit)
+        if len(wrong):
+            problem = f"{file.names[wrong[0]]} has label {labels[wrong[0]]}, expected 0, 1, … without large gaps"
+            raise SvpError(problem, "number the labels from 0, or write class names into the metadata", "data")
+    return max((int(labels.max(initial=-1)) for file in files for labels in file.labels), default=-1)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class Walk:
 
     def pictures(self, folder: Path) -> list[str]:
         """All pictures in a folder and below, in natural order; links are followed, a loop is an error."""
-        found = self._below(folder, (_identity(folder),))
+        found = self._below(folder, tuple(_identity(above) for above in (folder, *folder.absolute().parents)))
         order = natural_sorted([os.path.relpath(path, folder) for path in found])
         return [os.path.join(folder, name) for name in order]
 
