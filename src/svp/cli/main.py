@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from svp.cli.words import without_dashes
 from svp.errors import SvpError
 
 VERBS = {
@@ -41,7 +43,9 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return importlib.import_module(f"svp.cli.{cmd_name}").command if cmd_name in VERBS else None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         word = args[0]
         if word not in VERBS:
             close = [HABITS[word]] if word in HABITS else difflib.get_close_matches(word, VERBS, 3)
@@ -94,7 +98,8 @@ def run(argv: list[str], is_debug: bool = False) -> int:
     """The exit code of a command line; what is wrong is said on stderr, in two lines, without a traceback."""
     try:
         code = svp.main(argv, prog_name="svp", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell: >&-
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0  # ctx.exit(1) comes back as a value
     except SvpError as err:
         return said(err.problem, err.hint, err.exit_code, is_debug)
@@ -110,11 +115,11 @@ def run(argv: list[str], is_debug: bool = False) -> int:
     except BrokenPipeError:
         return unread()
     except SystemExit as err:
-        if isinstance(err.__context__, BrokenPipeError):  # click has caught it, and wants to exit with 1
-            return unread()
+        if isinstance(err.__context__, BrokenPipeError) or "PacifyFlush" in type(sys.stdout).__name__:
+            return unread()  # click has caught it, and wants to exit with 1
         raise
     except Exception as err:
-        return broken_install(err, is_debug) or bug(err, is_debug)
+        return out_of_memory(err, is_debug) or broken_install(err, is_debug) or bug(err, is_debug)
 
 
 def unread() -> int:
@@ -126,27 +131,48 @@ def unread() -> int:
 def said(problem: str, hint: str, code: int, is_debug: bool) -> int:
     if is_debug:
         traceback.print_exc()
-    click.echo(f"error: {problem}", err=True)
-    if hint:
-        click.echo(f"hint: {hint}", err=True)
+    for word, text in (("error", problem), ("hint", hint)):
+        if text:
+            click.echo(f"{word}: {' '.join(text.splitlines())}", err=True)
     return code
 
 
 def usage(err: click.UsageError, argv: list[str], is_debug: bool) -> int:
     """Click's message with our hint: the nearest flag, or the form that was meant."""
     problem = err.format_message().rstrip(".")
-    where = err.ctx.command_path if err.ctx else "svp"
+    verb = next((word for word in argv if word in VERBS), "")
+    where = err.ctx.command_path if err.ctx else f"svp {verb}".rstrip()
     hint = f"{where} --help"
     if isinstance(err, click.NoSuchOption):
         problem = f"there is no option {err.option_name} of {where}"
-        if err.possibilities:
-            hint = f"did you mean {' or '.join(sorted(err.possibilities)[:3])}?"
+        close = difflib.get_close_matches(err.option_name, err.possibilities or (), 3, 0.75)
+        if close:
+            hint = f"did you mean {' or '.join(close)}?"
+        elif where == "svp train":
+            hint = f"an option of a method is set with -s {err.option_name.lstrip('-').replace('-', '_')}=VALUE; {hint}"
     else:
-        words = [word for word in argv if "=" in word and not word.startswith("-") and f"argument ({word})" in problem]
-        if words:
-            key, _, value = words[0].partition("=")
-            problem, hint = f"{words[0]} is not understood", f"use --{key.replace('_', '-')} {value}, or -r {key}={value}"
+        extra = re.search(r"extra arguments? \((.*)\)", problem)
+        meant = [wrong for word in (extra[1].split() if extra else ()) if (wrong := without_dashes(word)) is not None]
+        if meant:
+            problem, hint = meant[0].problem, meant[0].hint
     return said(problem[:1].lower() + problem[1:], hint, 2, is_debug)
+
+
+def out_of_memory(err: Exception, is_debug: bool) -> int:
+    """The exit code where a verb asked for more memory than there is, outside of a run that can save itself; else 0."""
+    if "torch" not in sys.modules:
+        return 0
+    from svp.training.machine import is_out_of_memory
+
+    if not is_out_of_memory(err):
+        return 0
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(err))
+    return said(
+        f"memory ran out{f': {asked[1]} were asked for' if asked else ''}",
+        "try smaller batches, pictures or options",
+        1,
+        is_debug,
+    )
 
 
 def broken_install(err: Exception, is_debug: bool) -> int:
@@ -154,10 +180,20 @@ def broken_install(err: Exception, is_debug: bool) -> int:
     if isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("svp"):
         problem = f"the package {err.name} is not installed"
     elif "torchvision::" in str(err):  # an operator that the other version does not have
-        problem = "torch and torchvision do not belong together"
+        problem = f"torch {installed('torch')} and torchvision {installed('torchvision')} do not belong together"
+        return said(problem, "pip install -U torch torchvision; svp doctor tells more", 1, is_debug)
     else:
         return 0
     return said(problem, "svp doctor tells versions and the cure", 1, is_debug)
+
+
+def installed(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(missing)"
 
 
 def bug(err: Exception, is_debug: bool) -> int:
@@ -171,7 +207,9 @@ def bug(err: Exception, is_debug: bool) -> int:
         where = f"please report it with {f.name}"
     except OSError:
         where = "run it again with --debug and please report what it prints"
-    click.echo(f"error: {type(err).__name__} in svp itself: {str(err).splitlines()[0] if str(err) else 'no message'}", err=True)
+    click.echo(
+        f"error: {type(err).__name__} in svp itself: {str(err).splitlines()[0] if str(err) else 'no message'}", err=True
+    )
     click.echo(f"hint: this is our mistake; {where}", err=True)
     return 1
 
