@@ -499,7 +499,7 @@ def _specs(method: MethodSpec | Sequence[MethodSpec], options: dict[str, Any]) -
 
 
 def _build(name: str, values: dict[str, Any], site: Any, num_classes: int) -> Method:
-    cls = method_class(name)
+    cls: type[Method] = method_class(name)
     opt = options_of(cls, values, name)
     reason = cls.unfit(site, opt)
     if reason:

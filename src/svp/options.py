@@ -96,9 +96,8 @@ def type_words(hint: Any) -> str:
         return " or ".join(type_words(a) for a in args)
     if origin in (tuple, list):
         return f"list of {type_words(args[0])}" if args else "list"
-    return {type(None): "none", bool: "true/false", int: "integer", float: "number", str: "text"}.get(hint) or getattr(
-        hint, "__name__", str(hint)
-    )
+    words = {type(None): "none", bool: "true/false", int: "integer", float: "number", str: "text"}
+    return words.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _typed(value: Any) -> str:
@@ -124,7 +123,9 @@ def _checked(f: dataclasses.Field, hint: Any, value: Any, what: str) -> Any:
 def _check_range(f: dataclasses.Field, number: Any, what: str) -> None:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         return
-    low, high, above = (f.metadata.get(k) for k in ("low", "high", "above"))
+    low: Any = f.metadata.get("low")
+    above: Any = f.metadata.get("above")
+    high: Any = f.metadata.get("high")
     tests: list[tuple[Any, Callable[[], bool], str]] = [
         (low, lambda: number >= low, f"at least {low}"),
         (above, lambda: number > above, f"above {above}"),

@@ -43,4 +43,5 @@ class Preprocessing:
             value = values[key]
             if len(value) != length or not all(isinstance(v, (int, float)) for v in value):
                 raise ValueError(f"'preprocessing.{key}'")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)

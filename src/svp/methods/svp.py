@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS = {"none": identity, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": identity, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 Activation = Literal["none", "silu", "gelu", "relu"]
 
 
