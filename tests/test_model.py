@@ -201,15 +201,11 @@ def test_adapters_of_several_methods_train_from_threads_as_they_do_alone(images)
     net = backbone()
     frozen = {k: v.clone() for k, v in net.state_dict().items()}
     methods = ("svp", "lora", "full")
-
-    def trained(method, models):
-        models[method] = made(method, net).train()
-        step(models[method], images, steps=4)
-
-    alone, together = {}, {}
+    # made one after the other: start values come from torch's global generator, which all threads share
+    alone, together = ({method: made(method, net).train() for method in methods} for _ in range(2))
     for method in methods:
-        trained(method, alone)
-    threads = [threading.Thread(target=trained, args=(method, together)) for method in methods]
+        step(alone[method], images, steps=4)
+    threads = [threading.Thread(target=step, args=(together[method], images, 4)) for method in methods]
     for thread in threads:
         thread.start()
     for thread in threads:
