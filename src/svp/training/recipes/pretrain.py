@@ -10,7 +10,7 @@ SMALL = Recipe(
 RECIPES = {
     "pretrain-nano": RecipeRow("pretrain-nano", SMALL, method="full", note="at 32 px, three quarters of the time"),
     "pretrain-nano-finish": RecipeRow(
-        "pretrain-nano-finish", SMALL.but(epochs=4, lr=5e-4), method="full",
+        "pretrain-nano-finish", SMALL.but(epochs=4, batch_size=64, lr=5e-4, warmup=0.1, warmup_unit="fraction"), method="full",
         note="then at 64 px, with a warm restart of its own: one cosine over both sizes leaves the larger no rate",
     ),
 }  # fmt: skip
