@@ -44,7 +44,12 @@ def model_from(config, params, dtype, kernel="auto"):
     net.load_state_dict({k: v for k, v in params.items() if not k.startswith(("prompt_", "head"))})
     two = "head.0.weight" in params
     model = adapt(
-        net, "svp", num_classes=config["num_classes"], head="two_linear" if two else "linear", **options(config)
+        net,
+        "svp",
+        num_classes=config["num_classes"],
+        head="two_linear" if two else "linear",
+        probe=False,
+        **options(config),
     )
     model.load_state_dict(ours(params, config))
     return model

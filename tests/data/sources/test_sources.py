@@ -40,7 +40,7 @@ def test_digits_split_is_the_stated_one():
     ("nothing", "no folder, named 'nothing'", "folder:DIR"), ("digit", "named 'digit'", "did you mean digits?"),
     ("foldr:x", "named 'foldr:x'", "did you mean folder:x?"), ("folder:", "names no folder", "folder:path"),
     ("", "named ''", "digits"), ("x" * 300, "File name too long", "check the path"), ("a\0b/c", "does not exist", "nearest"),
-    ("http://example.org/a", "no kind of source", "folder:DIR"),
+    ("http://example.org/a", "is a URL; URLs are not fetched", "download it"),
 ])  # fmt: skip
 def test_sources_that_are_none(wrong, words, hint):
     with pytest.raises(SvpError) as caught:
