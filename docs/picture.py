@@ -29,7 +29,9 @@ def labels(run: Path) -> dict[str, tuple[str, str]]:
 def disagreements(runs: Path) -> list[tuple[str, str, str, str]]:
     """(picture, truth, linear's label, SVP's label), those first that SVP gets right."""
     linear, prompted = labels(runs / "linear-s0"), labels(runs / "svp-s0")
-    found = [(name, truth, guess, prompted[name][1]) for name, (truth, guess) in linear.items() if guess != prompted[name][1]]
+    found = [
+        (name, truth, guess, prompted[name][1]) for name, (truth, guess) in linear.items() if guess != prompted[name][1]
+    ]
     return sorted(found, key=lambda row: (row[3] != row[1], int(row[0].split("/")[1])))
 
 
@@ -41,7 +43,10 @@ def draw(runs: Path) -> Figure:
     differ = disagreements(runs)
     won = sum(row[3] == row[1] for row in differ)
     lost = sum(row[2] == row[1] for row in differ)
-    left.suptitle(f"{len(differ)} of {len(test)} test scans are labelled differently: {won} right with SVP only, {lost} with linear only", fontsize=9)
+    left.suptitle(
+        f"{len(differ)} of {len(test)} test scans are labelled differently: {won} right with SVP only, {lost} with linear only",
+        fontsize=9,
+    )
     axes = left.subplots(2, SHOWN // 2, squeeze=False).flat
     for axis, row in zip(axes, [*differ, *[None] * SHOWN][:SHOWN], strict=True):
         axis.axis("off")
@@ -49,14 +54,49 @@ def draw(runs: Path) -> Figure:
             continue
         name, truth, before, after = row
         axis.imshow(np.asarray(test.picture(place[name])), interpolation="nearest")
-        axis.text(0.5, -0.06, f"linear: {before}", transform=axis.transAxes, ha="center", va="top", fontsize=9, color=GREEN if before == truth else RED)
-        axis.text(0.5, -0.26, f"svp: {after}", transform=axis.transAxes, ha="center", va="top", fontsize=9, color=GREEN if after == truth else RED)
+        axis.text(
+            0.5,
+            -0.06,
+            f"linear: {before}",
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=GREEN if before == truth else RED,
+        )
+        axis.text(
+            0.5,
+            -0.26,
+            f"svp: {after}",
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=GREEN if after == truth else RED,
+        )
     axis = right.subplots()
     table = json.loads((DOCS / "results/digits.json").read_text(encoding="utf-8"))["table"]
     for at, line in enumerate(reversed(table)):
         color = GREEN if line["method"] == "svp" else GREY
-        axis.barh(at, 100 * line["mean"], xerr=100 * (line["half_width_95"] or 0), color=color, height=0.6, ecolor="black", capsize=3)
-        axis.text(100 * line["mean"] - 0.4, at, f"{100 * line['mean']:.1f}", va="center", ha="right", color="white", fontsize=10, weight="bold")
+        axis.barh(
+            at,
+            100 * line["mean"],
+            xerr=100 * (line["half_width_95"] or 0),
+            color=color,
+            height=0.6,
+            ecolor="black",
+            capsize=3,
+        )
+        axis.text(
+            100 * line["mean"] - 0.4,
+            at,
+            f"{100 * line['mean']:.1f}",
+            va="center",
+            ha="right",
+            color="white",
+            fontsize=10,
+            weight="bold",
+        )
     axis.set_yticks(range(len(table)), [line["method"].replace(", ", ",\n") for line in reversed(table)])
     low = min(100 * line["mean"] for line in table)
     axis.set_xlim(max(0, 5 * (low // 5) - 5), 100)
