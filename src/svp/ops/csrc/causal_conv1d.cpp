@@ -78,12 +78,12 @@ int conv_forward(const Conv& a) {
       if (tile.is_fast(t)) {
         for (int64_t c = 0; c < TILE; c += W) {
           const vf p = taps_at<true>(tile, weight, bias, t, c);
-          store(row + c, a.silu ? p * sigmoid(p) : p);
+          store(row + c, a.silu ? p * sigmoid(p, decay(p)) : p);
         }
       } else {
         for (int64_t c = 0; c < tile.count; c += W) {
           const vf p = taps_at<false>(tile, weight, bias, t, c);
-          store_part(row + c, a.silu ? p * sigmoid(p) : p, tile.count - c);
+          store_part(row + c, a.silu ? p * sigmoid(p, decay(p)) : p, tile.count - c);
         }
       }
     }
@@ -100,7 +100,7 @@ SVP_INLINE void backward_row(const Tile& tile, const float* weight, const float*
   for (int64_t c = 0; c < (FAST ? TILE : tile.count); c += W) {
     vf dp = FAST ? load(row + c) : load_part(row + c, tile.count - c);
     if (a.silu) {
-      const vf p = taps_at<FAST>(tile, weight, bias, t, c), s = sigmoid(p);
+      const vf p = taps_at<FAST>(tile, weight, bias, t, c), s = sigmoid(p, decay(p));
       dp *= s * (1.0f + p * (1.0f - s));
     }
     store(q + c, dp);

@@ -145,18 +145,30 @@ void gather_A2(const float* A, int64_t n, int64_t count, float* panel) {
 // d, x = delta u and y = D u + bias of a panel and chunk; reach: each channel's largest |d|.
 void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* d, float* x, float* y,
                       float* reach) {
-  for (int64_t c = 0, count = at.count(panel); c < whole_tiles(count); c += W) {  // lanes beyond `count` become zero
+  const int64_t count = at.count(panel), lanes = whole_tiles(count);  // lanes beyond `count` become zero
+  for (int64_t c = 0; c < lanes; c += W) {
     const int64_t channel = at.from(panel) + c, left = count - c;
     const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t o = t * PANEL + c;
+      const vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
+      store(d + o, dt);
+      store(x + o, load_part(row_of(a.u, at, now.token[t], channel), left));
+      if (a.softplus) store(y + o, decay(dt));
+    }
+  }
+  for (int64_t c = 0; c < lanes; c += W) {
+    const int64_t channel = at.from(panel) + c, left = count - c;
     const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
     vf most = {};
     for (int64_t t = 0; t < now.steps; ++t) {
-      vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
-      const vf ut = load_part(row_of(a.u, at, now.token[t], channel), left);
-      if (a.softplus) dt = softplus(dt);
-      store(d + t * PANEL + c, dt);
-      store(x + t * PANEL + c, dt * ut);
-      store(y + t * PANEL + c, D * ut + bias);
+      const int64_t o = t * PANEL + c;
+      vf dt = load(d + o);
+      const vf ut = load(x + o);
+      if (a.softplus) dt = softplus(dt, load(y + o));
+      store(d + o, dt);
+      store(x + o, dt * ut);
+      store(y + o, D * ut + bias);
       most = larger(absolute(dt), most);
     }
     store(reach + c, most);
@@ -173,17 +185,22 @@ void read_offset(const Chunk& now, int64_t n, const float* offset, float* y) {
     }
 }
 
-void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const float* y) {
-  for (int64_t t = 0, count = at.count(panel); t < now.steps; ++t)
-    for (int64_t c = 0; c < count; c += W) {
-      const int64_t channel = at.from(panel) + c;
-      vf out = load(y + t * PANEL + c);
-      if (a.z.data) {
-        const vf z = load_part(row_of(a.z, at, now.token[t], channel), count - c);
-        out *= z * sigmoid(z);
-      }
-      store_part(row_of(a.y, a, at, now.token[t], channel), out, count - c);
+// out = y silu(z); `work` is a plane to use.
+void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const float* y, float* work) {
+  const int64_t channel = at.from(panel), count = at.count(panel);
+  for (int64_t t = 0; t < now.steps; ++t) {
+    float* out = row_of(a.y, a, at, now.token[t], channel);
+    if (!a.z.data) {
+      for (int64_t c = 0; c < count; c += W) store_part(out + c, load(y + t * PANEL + c), count - c);
+      continue;
     }
+    const float* z = row_of(a.z, at, now.token[t], channel);
+    for (int64_t c = 0; c < count; c += W) store(work + t * PANEL + c, decay(load_part(z + c, count - c)));
+    for (int64_t c = 0; c < count; c += W) {
+      const vf zt = load_part(z + c, count - c), s = sigmoid(zt, load(work + t * PANEL + c));
+      store_part(out + c, load(y + t * PANEL + c) * (zt * s), count - c);
+    }
+  }
 }
 
 // Whether exp2_near will do for all arguments d A2 of S states in a chunk. (AVX-512 has one exponential for all.)
@@ -260,15 +277,17 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
           }
           const int64_t o = k + s * PANEL + c;
           if (s + 4 <= n) {
-            (is_near<4>(A2 + o, reach + c) ? forward_4<true> : forward_4<false>)(now, s, A2 + o, d + c, x + c, y + c, h + o);
+            const auto run = is_near<4>(A2 + o, reach + c) ? forward_4<true> : forward_4<false>;
+            run(now, s, A2 + o, d + c, x + c, y + c, h + o);
             s += 4;
           } else {
-            (is_near<1>(A2 + o, reach + c) ? forward_1<true> : forward_1<false>)(now, s, A2 + o, d + c, x + c, y + c, h + o);
+            const auto run = is_near<1>(A2 + o, reach + c) ? forward_1<true> : forward_1<false>;
+            run(now, s, A2 + o, d + c, x + c, y + c, h + o);
             s += 1;
           }
         }
       }
-      forward_epilogue(a, at, now, p, y);
+      forward_epilogue(a, at, now, p, y, d);
     }
   }
   for (int64_t p = at.first; p < at.end; ++p)
@@ -287,33 +306,53 @@ struct Planes {
 };
 
 void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
-  for (int64_t c = 0, count = at.count(panel); c < whole_tiles(count); c += W) {  // lanes beyond `count` become zero
+  const int64_t count = at.count(panel), lanes = whole_tiles(count);  // lanes beyond `count` become zero
+  for (int64_t c = 0; c < lanes; c += W) {
     const int64_t channel = at.from(panel) + c, left = count - c;
     const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
-    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t o = t * PANEL + c;
+      const vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
+      store(k.d + o, dt);
+      store(k.u + o, load_part(row_of(a.u, at, now.token[t], channel), left));
+      store(k.dy + o, load_part(row_of(a.dy, at, now.token[t], channel), left));
+      if (a.softplus) store(k.slope + o, decay(dt));
+    }
+  }
+  for (int64_t c = 0; c < lanes; c += W) {
     vf most = {};
     for (int64_t t = 0; t < now.steps; ++t) {
       const int64_t o = t * PANEL + c;
-      vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias, slope = splat(1.0f);
-      const vf ut = load_part(row_of(a.u, at, now.token[t], channel), left);
-      vf dy = load_part(row_of(a.dy, at, now.token[t], channel), left);
-      if (a.softplus) dt = softplus(dt, &slope);
-      if (a.z.data) {
-        const vf z = load_part(row_of(a.z, at, now.token[t], channel), left), s = sigmoid(z);
-        store(k.gate + o, dy * s * (1.0f + z * (1.0f - s)));
-        store(k.y + o, D * ut + bias);
-        dy *= z * s;
+      vf dt = load(k.d + o), slope = splat(1.0f);
+      if (a.softplus) {
+        const vf w = load(k.slope + o);
+        slope = sigmoid(dt, w);
+        dt = softplus(dt, w);
       }
       store(k.d + o, dt);
-      store(k.x + o, dt * ut);
-      store(k.u + o, ut);
+      store(k.x + o, dt * load(k.u + o));
       store(k.slope + o, slope);
-      store(k.dy + o, dy);
       store(k.dx + o, vf{});
       store(k.dd + o, vf{});
       most = larger(absolute(dt), most);
     }
     store(k.reach + c, most);
+  }
+  for (int64_t c = 0; a.z.data && c < lanes; c += W) {
+    const int64_t channel = at.from(panel) + c, left = count - c;
+    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const vf z = load_part(row_of(a.z, at, now.token[t], channel), left);
+      store(k.gate + t * PANEL + c, z);
+      store(k.y + t * PANEL + c, decay(z));
+    }
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t o = t * PANEL + c;
+      const vf z = load(k.gate + o), s = sigmoid(z, load(k.y + o)), dy = load(k.dy + o);
+      store(k.gate + o, dy * s * (1.0f + z * (1.0f - s)));
+      store(k.dy + o, dy * (z * s));
+      store(k.y + o, D * load(k.u + o) + bias);
+    }
   }
 }
 
@@ -479,11 +518,15 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
           }
           const int64_t o = s * PANEL + c;
           if (s + 4 <= n) {
-            (is_near<4>(A2 + k + o, planes.reach + c) ? backward_4_keep<true, gated> : backward_4_keep<false, gated>)(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
+            const bool near = is_near<4>(A2 + k + o, planes.reach + c);
+            const auto keep = near ? backward_4_keep<true, gated> : backward_4_keep<false, gated>;
+            keep(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
             backward_4_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 4;
           } else {
-            (is_near<1>(A2 + k + o, planes.reach + c) ? backward_1_keep<true, gated> : backward_1_keep<false, gated>)(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
+            const bool near = is_near<1>(A2 + k + o, planes.reach + c);
+            const auto keep = near ? backward_1_keep<true, gated> : backward_1_keep<false, gated>;
+            keep(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
             backward_1_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 1;
           }

@@ -125,8 +125,9 @@ SVP_INLINE vf reciprocal(vf x) {  // of a finite number from 1 on
 #endif
 }
 
-// log(1 + w) for w in [0, 1], relatively exact: 2 atanh(s), s = w / (2 + w) <= 1/3.
+// log(1 + w) for w in [0, 1], relatively exact.
 SVP_INLINE vf log1p_unit(vf w) {
+#if SVP_LEVEL == 2  // 2 atanh(s), s = w / (2 + w) <= 1/3
   const vf s = w * reciprocal(w + 2.0f), q = s * s;
   vf p = q * (2.0f / 15) + (2.0f / 13);
   p = q * p + (2.0f / 11);
@@ -135,19 +136,27 @@ SVP_INLINE vf log1p_unit(vf w) {
   p = q * p + (2.0f / 5);
   p = q * p + (2.0f / 3);
   return s * (q * p + 2.0f);
+#else  // a minimax polynomial, 5e-9: the quotient costs more than its shorter series saves
+  vf p = w * -0x1.a93364p-9f + 0x1.453f0cp-6f;
+  p = w * p - 0x1.d29cc8p-5f;
+  p = w * p + 0x1.b2535ep-4f;
+  p = w * p - 0x1.397562p-3f;
+  p = w * p + 0x1.92f696p-3f;
+  p = w * p - 0x1.ff0f88p-3f;
+  p = w * p + 0x1.554c80p-2f;
+  p = w * p - 0x1.ffffbep-2f;
+  return (w * w) * p + w;
+#endif
 }
 
-// softplus(x) = max(x, 0) + log1p(exp(-|x|)); above 20 this is x to the last bit, as torch has it. slope: its derivative.
-SVP_INLINE vf softplus(vf x, vf* slope = nullptr) {
-  const vf w = exp2_below(-absolute(x) * LOG2E);
-  const vi positive = x > vf{};
-  if (slope) *slope = select(positive, splat(1.0f), w) * reciprocal(w + 1.0f);
-  return select(positive, x, vf{}) + log1p_unit(w);
-}
+// What softplus and sigmoid of x are made of: exp(-|x|). Loops over many x take it in a pass of its own: a chain of
+// operations as long as both together leaves a processor nothing to overlap it with.
+SVP_INLINE vf decay(vf x) { return exp2_below(absolute(x) * -LOG2E); }
 
-SVP_INLINE vf sigmoid(vf x) {
-  const vf w = exp2_below(-absolute(x) * LOG2E);
-  return select(x > vf{}, splat(1.0f), w) * reciprocal(w + 1.0f);
+// max(x, 0) + log1p(exp(-|x|)); above 20 this is x to the last bit, as torch has it. Its derivative is the sigmoid.
+SVP_INLINE vf softplus(vf x, vf decay_x) { return larger(vf{}, x) + log1p_unit(decay_x); }
+SVP_INLINE vf sigmoid(vf x, vf decay_x) {
+  return select(x > vf{}, splat(1.0f), decay_x) * reciprocal(decay_x + 1.0f);
 }
 
 // The lanes' sum of `count` vectors, in an order fixed by W alone.
@@ -166,6 +175,15 @@ SVP_INLINE void sum_rows(const float* rows, int64_t count, float* sums) {
   for (; i + 16 <= count; i += 16) {
     const float* p = rows + i * W;
     _mm512_storeu_ps(sums + i, fold(fold(fours(p), fours(p + 64)), fold(fours(p + 128), fours(p + 192))));
+  }
+#elif SVP_LEVEL == 1
+  for (; i + 8 <= count; i += 8) {
+    const auto row = [&](int k) { return (__m256)load(rows + (i + k) * W); };
+    const auto fours = [&](int k) {  // in each 128 bits the part of four sums
+      return _mm256_hadd_ps(_mm256_hadd_ps(row(k), row(k + 1)), _mm256_hadd_ps(row(k + 2), row(k + 3)));
+    };
+    const __m256 a = fours(0), b = fours(4);
+    store(sums + i, (vf)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
   }
 #endif
   for (; i < count; ++i) {
