@@ -3,7 +3,9 @@
 //   p_t = bias + sum_k weight_k x_{t - (taps - 1) + k},   y_t = p_t sigmoid(p_t)   (or p_t)
 //   q_t = dy_t dy/dp,   dx_t = sum_k weight_k q_{t + (taps - 1) - k},   dweight_k = sum_t q_t x_{t - (taps - 1) + k}
 //
-// A task is one picture and one tile of channels; t counts in scan order. The backward recomputes p.
+// A task is one picture and one tile of channels; t counts in scan order. It walks chunks of STEP tokens, whose x it first
+// copies into scratch: past, padding and direction end there, and rows that lie far apart cannot push each other out of
+// the cache. The backward recomputes p.
 #include "kernels.h"
 #include "threads.h"
 #include "vec.h"
@@ -12,78 +14,106 @@ namespace svp {
 namespace SVP_NS {
 namespace {
 
-constexpr int TILE = 64;      // channels of one task
-constexpr int64_t STEP = 32;  // tokens whose q is kept at a time
-constexpr int64_t AHEAD = 8;  // tokens between asking for a row and reading it
+constexpr int64_t TILE = 64;  // channels of one task
+constexpr int64_t STEP = 16;  // tokens of a chunk
 constexpr int64_t TAPS = 4;   // of every published network; others take the slower way
 
 struct Tile {
   const Conv& a;
-  int64_t picture, first, count;
+  int64_t picture, first, count, lanes;  // lanes: count, rounded up to whole vectors
   Tile(const Conv& args, int64_t task) : a(args) {
     const int64_t tiles = (args.channels + TILE - 1) / TILE;
     picture = task / tiles;
     first = task % tiles * TILE;
     count = args.channels - first < TILE ? args.channels - first : TILE;
-  }
-  bool is_fast(int64_t t) const { return t >= TAPS - 1 && a.taps == TAPS && count == TILE; }
-  void prefetch(const Rows& rows, int64_t t) const {
-    if (t < 0 || t >= a.length) return;
-    const float* row = rows.data + picture * rows.b + token(t) * rows.l + first;
-    for (int64_t c = 0; c < TILE; c += 16) __builtin_prefetch(row + c, 0, 2);
+    lanes = (count + W - 1) / W * W;
   }
   int64_t token(int64_t t) const { return a.reverse ? a.length - 1 - t : t; }
-  // x at scan position t >= -(taps - 1), lanes from channel c of the tile
-  inline __attribute__((always_inline)) vf x(int64_t t, int64_t c) const {
-    if (t >= 0) return load_part(a.x.data + picture * a.x.b + token(t) * a.x.l + first + c, count - c);
-    if (!a.past) return vf{};
-    return load_part(a.past + picture * a.past_b + (t + a.taps - 1) * a.channels + first + c, count - c);
+  const float* row_of(const Rows& rows, int64_t t) const {
+    return rows.data + picture * rows.b + token(t) * rows.l + first;
+  }
+  float* row_of(float* dense, int64_t t) const { return dense + (picture * a.length + token(t)) * a.channels + first; }
+  void prefetch(const Rows& rows, int64_t t) const {
+    if (t < 0 || t >= a.length) return;
+    for (int64_t c = 0; c < TILE; c += 16) __builtin_prefetch(row_of(rows, t) + c, 0, 2);
+  }
+  // x at scan position t >= -(taps - 1); null: zeros
+  const float* x(int64_t t) const {
+    if (t >= 0) return row_of(a.x, t);
+    return a.past ? a.past + picture * a.past_b + (t + a.taps - 1) * a.channels + first : nullptr;
   }
 };
 
-// p at position t of W channels. FAST: the taps are TAPS, no past is needed and all lanes exist.
-template <bool FAST>
-SVP_INLINE vf taps_at(const Tile& tile, const float* weight, const float* bias, int64_t t, int64_t c) {
-  vf p = load(bias + c);
-  if (FAST) {
-    const int64_t back = tile.a.reverse ? tile.a.x.l : -tile.a.x.l;  // floats to the token before, in scan order
-    const float* x = tile.a.x.data + tile.picture * tile.a.x.b + tile.token(t) * tile.a.x.l + tile.first + c;
-    for (int64_t k = 0; k < TAPS; ++k) p += load(weight + k * TILE + c) * load(x + (TAPS - 1 - k) * back);
-  } else {
+// What a task keeps in scratch, all in rows of TILE.
+struct Rooms {
+  float *weight, *bias, *x, *p, *w, *sums, *q;  // taps; 1; taps - 1 + STEP; STEP; STEP; taps + 1; STEP + taps - 1
+  static int64_t floats(const Conv& a) { return (4 * a.taps + 4 * STEP) * TILE; }
+  Rooms(const Tile& tile, float* at) {
     const int64_t K = tile.a.taps;
-    for (int64_t k = 0; k < K; ++k) p += load(weight + k * TILE + c) * tile.x(t - (K - 1) + k, c);
+    weight = at;
+    bias = weight + K * TILE;
+    x = bias + TILE;
+    p = x + (K - 1 + STEP) * TILE;
+    w = p + STEP * TILE;
+    sums = w + STEP * TILE;
+    q = sums + (K + 1) * TILE;
+    for (int64_t c = 0; c < tile.lanes; c += W) {
+      for (int64_t k = 0; k < K; ++k)
+        store(weight + k * TILE + c, load_part(tile.a.weight + k * tile.a.channels + tile.first + c, tile.count - c));
+      store(bias + c, tile.a.bias ? load_part(tile.a.bias + tile.first + c, tile.count - c) : vf{});
+    }
   }
-  return p;
-}
+};
 
-void copy_weight(const Tile& tile, float* weight, float* bias) {
-  for (int64_t c = 0; c < TILE; c += W) {
-    for (int64_t k = 0; k < tile.a.taps; ++k)
-      store(weight + k * TILE + c, load_part(tile.a.weight + k * tile.a.channels + tile.first + c, tile.count - c));
-    store(bias + c, tile.a.bias ? load_part(tile.a.bias + tile.first + c, tile.count - c) : vf{});
+// x of a chunk and of the taps - 1 positions before it, and the chunk's p.
+void read_chunk(const Tile& tile, const Rooms& r, int64_t from, int64_t to) {
+  const int64_t K = tile.a.taps;
+  for (int64_t t = from - (K - 1); t < to; ++t) {
+    const float* row = tile.x(t);
+    for (int64_t c = 0; c < tile.lanes; c += W)
+      store(r.x + (t + (K - 1) - from) * TILE + c, row ? load_part(row + c, tile.count - c) : vf{});
   }
+  for (int64_t c = 0; c < tile.lanes; c += W) {
+    const float *x = r.x + c, *weight = r.weight + c;
+    const vf bias = load(r.bias + c);
+    float* p = r.p + c;
+    if (K == TAPS) {
+      const vf w0 = load(weight), w1 = load(weight + TILE), w2 = load(weight + 2 * TILE), w3 = load(weight + 3 * TILE);
+      vf x0 = load(x), x1 = load(x + TILE), x2 = load(x + 2 * TILE);
+      for (int64_t t = 0; t < to - from; ++t) {
+        const vf x3 = load(x + (t + 3) * TILE);
+        store(p + t * TILE, bias + w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3);
+        x0 = x1, x1 = x2, x2 = x3;
+      }
+    } else {
+      for (int64_t t = 0; t < to - from; ++t) {
+        vf sum = bias;
+        for (int64_t k = 0; k < K; ++k) sum += load(weight + k * TILE) * load(x + (t + k) * TILE);
+        store(p + t * TILE, sum);
+      }
+    }
+  }
+  for (int64_t t = 0; tile.a.silu && t < to - from; ++t)
+    for (int64_t c = t * TILE; c < t * TILE + tile.lanes; c += W) store(r.w + c, decay(load(r.p + c)));
 }
 
 }  // namespace
 
 int conv_forward(const Conv& a) {
   const int64_t tasks = a.batch * ((a.channels + TILE - 1) / TILE);
-  return parallel(tasks, a.threads, (a.taps + 1) * TILE, [&](int64_t task, float* scratch) {
+  return parallel(tasks, a.threads, Rooms::floats(a), [&](int64_t task, float* scratch) {
     const Tile tile(a, task);
-    float *weight = scratch, *bias = weight + a.taps * TILE;
-    copy_weight(tile, weight, bias);
-    for (int64_t t = 0; t < a.length; ++t) {
-      float* row = a.y + (tile.picture * a.length + tile.token(t)) * a.channels + tile.first;
-      tile.prefetch(a.x, t + AHEAD);
-      if (tile.is_fast(t)) {
-        for (int64_t c = 0; c < TILE; c += W) {
-          const vf p = taps_at<true>(tile, weight, bias, t, c);
-          store(row + c, a.silu ? p * sigmoid(p, decay(p)) : p);
-        }
-      } else {
-        for (int64_t c = 0; c < tile.count; c += W) {
-          const vf p = taps_at<false>(tile, weight, bias, t, c);
-          store_part(row + c, a.silu ? p * sigmoid(p, decay(p)) : p, tile.count - c);
+    const Rooms r(tile, scratch);
+    for (int64_t from = 0; from < a.length; from += STEP) {
+      const int64_t to = from + STEP < a.length ? from + STEP : a.length;
+      read_chunk(tile, r, from, to);
+      for (int64_t t = from; t < to; ++t) {
+        tile.prefetch(a.x, t + STEP);
+        float* row = tile.row_of(a.y, t);
+        for (int64_t c = 0; c < tile.lanes; c += W) {
+          vf p = load(r.p + (t - from) * TILE + c);
+          if (a.silu) p *= sigmoid(p, load(r.w + (t - from) * TILE + c));
+          store_part(row + c, p, tile.count - c);
         }
       }
     }
@@ -92,24 +122,44 @@ int conv_forward(const Conv& a) {
 
 namespace {
 
-// q = dL/dp at position t, and the sums of dweight and dbias when they are asked for.
-template <bool FAST>
-SVP_INLINE void backward_row(const Tile& tile, const float* weight, const float* bias, int64_t t, float* q, float* sums) {
-  const Conv& a = tile.a;
-  const float* row = a.dy.data + tile.picture * a.dy.b + tile.token(t) * a.dy.l + tile.first;
-  for (int64_t c = 0; c < (FAST ? TILE : tile.count); c += W) {
-    vf dp = FAST ? load(row + c) : load_part(row + c, tile.count - c);
-    if (a.silu) {
-      const vf p = taps_at<FAST>(tile, weight, bias, t, c), s = sigmoid(p, decay(p));
-      dp *= s * (1.0f + p * (1.0f - s));
+// q = dL/dp of a chunk, which r.p and r.w describe.
+void backward_activation(const Tile& tile, const Rooms& r, int64_t from, int64_t to) {
+  for (int64_t t = from; t < to; ++t) {
+    const float* row = tile.row_of(tile.a.dy, t);
+    for (int64_t c = 0; c < tile.lanes; c += W) {
+      const int64_t o = (t - from) * TILE + c;
+      vf dp = load_part(row + c, tile.count - c);
+      if (tile.a.silu) {
+        const vf p = load(r.p + o), s = sigmoid(p, load(r.w + o));
+        dp *= s * (1.0f + p * (1.0f - s));
+      }
+      store(r.q + o, dp);
     }
-    store(q + c, dp);
-    if (!a.dweight) continue;
-    for (int64_t k = 0; k < a.taps; ++k) {
-      float* sum = sums + k * TILE + c;
-      store(sum, load(sum) + dp * tile.x(t - (a.taps - 1) + k, c));
+  }
+}
+
+// Adds a chunk's part of dweight and, last, dbias.
+void backward_weight(const Tile& tile, const Rooms& r, int64_t steps) {
+  const int64_t K = tile.a.taps;
+  for (int64_t c = 0; c < tile.lanes; c += W) {
+    for (int64_t k = 0; k <= K; ++k) {
+      vf even = load(r.sums + k * TILE + c), odd = {};  // two sums: one would wait for itself
+      const float *q = r.q + c, *x = r.x + k * TILE + c;
+      for (int64_t t = 0; t < steps; t += 2) {
+        even += k < K ? load(q + t * TILE) * load(x + t * TILE) : load(q + t * TILE);
+        if (t + 1 < steps) odd += k < K ? load(q + (t + 1) * TILE) * load(x + (t + 1) * TILE) : load(q + (t + 1) * TILE);
+      }
+      store(r.sums + k * TILE + c, even + odd);
     }
-    store(sums + a.taps * TILE + c, load(sums + a.taps * TILE + c) + dp);
+  }
+}
+
+// dx = sum_k weight_k q_{t + (taps - 1) - k}: `ahead` is the row of q that the first tap reads, `taps` how many there are
+void backward_row(const Tile& tile, const Rooms& r, const float* ahead, int64_t taps, float* row) {
+  for (int64_t c = 0; c < tile.lanes; c += W) {
+    vf dx = {};
+    for (int64_t k = 0; k < taps; ++k) dx += load(r.weight + k * TILE + c) * load(ahead - k * TILE + c);
+    store_part(row + c, dx, tile.count - c);
   }
 }
 
@@ -117,11 +167,10 @@ SVP_INLINE void backward_row(const Tile& tile, const float* weight, const float*
 
 int conv_backward(const Conv& a) {
   const int64_t K = a.taps, tasks = a.batch * ((a.channels + TILE - 1) / TILE);
-  return parallel(tasks, a.threads, (2 * (K + 1) + STEP + K) * TILE, [&](int64_t task, float* scratch) {
+  return parallel(tasks, a.threads, Rooms::floats(a), [&](int64_t task, float* scratch) {
     const Tile tile(a, task);
-    float *weight = scratch, *bias = weight + K * TILE, *sums = bias + TILE, *q = sums + (K + 1) * TILE;
-    copy_weight(tile, weight, bias);
-    std::memset(sums, 0, sizeof(float) * (K + 1 + STEP + K) * TILE);
+    const Rooms r(tile, scratch);
+    std::memset(r.sums, 0, sizeof(float) * (K + 1 + STEP + K - 1) * TILE);  // and q, which follows
     // q holds positions [from, from + STEP + K - 1): a chunk and the K - 1 positions after it, walked from the end
     for (int64_t from = (a.length - 1) / STEP * STEP; from >= 0; from -= STEP) {
       const int64_t to = from + STEP < a.length ? from + STEP : a.length;
@@ -129,35 +178,27 @@ int conv_backward(const Conv& a) {
         tile.prefetch(a.x, t - STEP);
         tile.prefetch(a.dy, t - STEP);
         tile.prefetch({a.y, a.length * a.channels, a.channels, 0}, t - STEP);
-        if (tile.is_fast(t)) backward_row<true>(tile, weight, bias, t, q + (t - from) * TILE, sums);
-        else backward_row<false>(tile, weight, bias, t, q + (t - from) * TILE, sums);
       }
-      // dx of the chunk; at the very start also that of the past
-      for (int64_t t = from > 0 || !a.dpast ? from : 1 - K; t < to; ++t) {
-        float* row = t >= 0 ? a.y + (tile.picture * a.length + tile.token(t)) * a.channels + tile.first
-                            : a.dpast + (tile.picture * (K - 1) + t + K - 1) * a.channels + tile.first;
-        const float* ahead = q + (t + (K - 1) - from) * TILE;
-        if (t >= 0 && K == TAPS && tile.count == TILE) {
-          for (int64_t c = 0; c < TILE; c += W) {
-            vf dx = {};
-            for (int64_t k = 0; k < TAPS; ++k) dx += load(weight + k * TILE + c) * load(ahead - k * TILE + c);
-            store(row + c, dx);
-          }
-          continue;
-        }
-        for (int64_t c = 0; c < tile.count; c += W) {
-          vf dx = {};
-          for (int64_t k = 0; k < K && t + (K - 1) - k >= 0; ++k)
-            dx += load(weight + k * TILE + c) * load(ahead - k * TILE + c);
-          store_part(row + c, dx, tile.count - c);
-        }
+      read_chunk(tile, r, from, to);
+      backward_activation(tile, r, from, to);
+      if (a.dweight) backward_weight(tile, r, to - from);
+      const float* ahead = r.q + (K - 1) * TILE;
+      for (int64_t t = from; t < to; ++t, ahead += TILE) {
+        if (K == TAPS) backward_row(tile, r, ahead, TAPS, tile.row_of(a.y, t));
+        else backward_row(tile, r, ahead, K, tile.row_of(a.y, t));
       }
-      std::memmove(q + STEP * TILE, q, sizeof(float) * (K - 1) * TILE);  // the next chunk looks ahead into this one
+      for (int64_t t = 1 - K; from == 0 && a.dpast && t < 0; ++t) {  // the past has no q of its own
+        float* row = a.dpast + (tile.picture * (K - 1) + t + K - 1) * a.channels + tile.first;
+        backward_row(tile, r, r.q + (t + K - 1) * TILE, t + K, row);
+      }
+      std::memmove(r.q + STEP * TILE, r.q, sizeof(float) * (K - 1) * TILE);  // the next chunk looks ahead into this one
     }
     if (a.dweight)
       for (int64_t k = 0; k <= K; ++k)
-        for (int64_t c = 0; c < tile.count; c += W)
-          store_part(a.dweight + (tile.picture * (K + 1) + k) * a.channels + tile.first + c, load(sums + k * TILE + c), tile.count - c);
+        for (int64_t c = 0; c < tile.lanes; c += W) {
+          float* row = a.dweight + (tile.picture * (K + 1) + k) * a.channels + tile.first;
+          store_part(row + c, load(r.sums + k * TILE + c), tile.count - c);
+        }
   });
 }
 
