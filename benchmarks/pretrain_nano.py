@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +45,12 @@ def stage(net, data, recipe, out: Path):
     return model, model.merge(), run.result
 
 
+def curve(run: Path, img_size: int) -> list[dict]:
+    """The losses that a run logged while it trained."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{"img_size": img_size, "step": x["step"], "loss": round(x["loss"], 4)} for x in lines if "loss" in x]
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("source")
@@ -57,7 +62,6 @@ def main() -> None:
     words.add_argument("--threads", type=int, default=2)
     opt = words.parse_args()
     torch.set_num_threads(opt.threads)
-    started = time.time()
     data = open_data(opt.source)
     quick = data.but(val=share(data.val, 0.2))
     net = create_backbone("vim_nano", img_size=32, num_classes=data.num_classes)
@@ -78,11 +82,15 @@ def main() -> None:
         "val_accuracy": measured.accuracy, "val_top5": measured.top5, "val_pictures": len(data.val),
         "val_accuracy_at_32_px": measured_32.accuracy, "val_top5_at_32_px": measured_32.top5,
         "pictures_seen": opt.epochs * len(data.train) + round(opt.finish_share * len(data.train)),
-        "seconds": time.time() - started, "threads": opt.threads,
-        "stages": [{"recipe": r["recipe"], "val_accuracy": r["val_accuracy"]} for r in (first, second)],
+        "seconds": sum(r["timing"]["seconds"] for r in (first, second)), "threads": opt.threads,
+        "torch": torch.__version__, "curve": curve(opt.out / "32px", 32) + curve(opt.out / "64px", 64),
+        "stages": [
+            {"img_size": size, "epochs": r["epochs"], "val_accuracy": r["val_accuracy"], "recipe": r["recipe"]}
+            for size, r in ((32, first), (64, second))
+        ],
     }  # fmt: skip
     (opt.out / "facts.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
-    print(json.dumps({k: v for k, v in facts.items() if k != "stages"}, default=str))
+    print(json.dumps({k: v for k, v in facts.items() if k not in ("stages", "curve")}, default=str))
 
 
 if __name__ == "__main__":

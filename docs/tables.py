@@ -39,7 +39,24 @@ def table(name: str) -> str:
         ]
         return markdown(("backbone", "file", "where"), rows)
     path = RESULTS / f"{name}.json"
-    return results(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return model_card(found) if "stages" in found else results(found)
+
+
+def model_card(facts: dict) -> str:
+    """What benchmarks/pretrain_nano.py writes to facts.json: how a shipped backbone was trained and what it reaches."""
+    percent = {key: f"{100 * facts[key]:.1f} %" for key in facts if key.startswith("val_") and key != "val_pictures"}
+    rows = [("numbers", f"{facts['parameters']:,}, stored as fp16"), ("trained on", f"`{facts['source']}`, training split"),
+            ("pictures seen", f"{facts['pictures_seen']:,}"), ("time", f"{facts['seconds'] / 60:.0f} minutes on {facts['threads']} CPU core{'s' * (facts['threads'] > 1)}")]  # fmt: skip
+    for stage in facts["stages"]:
+        r = stage["recipe"]
+        words = f"{stage['epochs']} epoch{'s' * (stage['epochs'] > 1)}, batch {r['batch_size']}, AdamW, lr {r['lr']:g}, weight decay {r['weight_decay']:g}, cosine"
+        rows.append((f"stage at {stage['img_size']} px", words))
+    rows += [(f"validation at 64 px ({facts['val_pictures']:,} pictures)", f"top-1 {percent['val_accuracy']}, top-5 {percent['val_top5']}"),
+             ("validation at 32 px", f"top-1 {percent['val_accuracy_at_32_px']}, top-5 {percent['val_top5_at_32_px']}")]  # fmt: skip
+    return markdown(("what it is", "file"), rows).replace("what it is | file", " | ", 1)
 
 
 def registered(room: str) -> list[tuple[str, str]]:

@@ -813,7 +813,7 @@ def test_59_a_full_disk_loses_nothing(name, capsys, monkeypatch):
     monkeypatch.setattr("svp.training.loop.EPOCH_SAVE_SECONDS", 0.0)
     with monkeypatch.context() as m:
         if name == "model":
-            m.setattr("safetensors.torch.save_file", raising(OSError(errno.ENOSPC, "No space left on device")))
+            m.setattr("safetensors.torch.save", raising(OSError(errno.ENOSPC, "No space left on device")))
         else:
             fill_disk(m, name, after=1 if name == "state.pt" else 0)
         code = main.run(shlex.split(LONG))

@@ -118,10 +118,8 @@ class AdaptedModel(nn.Module):
         frozen = sum(p.numel() for name, p in self.backbone.named_parameters() if not name.startswith("head."))
         lines = [f"{self.method_name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(True) - self.num_trainable():,} "
                  f"numbers train, {frozen:,} are frozen ({self.num_trainable(True) / frozen:.2%})"]  # fmt: skip
-        groups: dict[str, list[nn.Parameter]] = {}
-        for name, p in self.named_parameters():
-            groups.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append(p)
-        for name, found in groups.items():
+        for name, group in _alike(list(self.named_parameters())).items():
+            found = [p for _, p in group]
             shapes = sorted({tuple(p.shape) for p in found})
             lines.append(f"  {name:<36} {len(found):>4} x {str(shapes[0]) + (' …' if len(shapes) > 1 else ''):<18}"
                          f"{sum(p.numel() for p in found):>12,}")  # fmt: skip
@@ -130,7 +128,7 @@ class AdaptedModel(nn.Module):
     # -- the effect probe ----------------------------------------------------------------------------------------------
 
     def probe(self, seed: int = 0) -> None:
-        """Raise SvpError unless every trainable tensor gets a gradient and changes the output.
+        """Raise SvpError unless every trainable tensor gets a gradient and changes the output, with its like in other blocks.
 
         Adds seeded noise of 0.02 (1 + rms) to what trains (overwriting would kill the signal of a deep network, and zero
         starts hide dead partners), runs two random pictures, and puts everything back. Patterns in `method.known_inert`
@@ -155,12 +153,14 @@ class AdaptedModel(nn.Module):
             silent = [name for name, p in names if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
             with torch.no_grad():
                 before = self(images)
-                for name, p in names:
-                    kept = p.detach().clone()
-                    p.data += _noise(p, generator)
-                    if name not in silent and torch.equal(self(images), before):
-                        silent.append(name)
-                    p.data.copy_(kept)
+                for group in _alike(names).values():
+                    kept = [p.detach().clone() for _, p in group]
+                    for _, p in group:
+                        p.data += _noise(p, generator)
+                    if torch.equal(self(images), before):
+                        silent += [name for name, _ in group if name not in silent]
+                    for (_, p), value in zip(group, kept, strict=True):
+                        p.data.copy_(value)
         finally:
             for (_, p), value, grad in zip(names, saved, grads, strict=True):
                 p.data.copy_(value)
@@ -205,7 +205,7 @@ class AdaptedModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike, card: str = "") -> Path:
         """Write adapter_config.json, adapter_model.safetensors and README.md; the folder appears whole or not at all."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save  # save_file makes files that only their owner may read
 
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ class AdaptedModel(nn.Module):
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in self.state_dict().items()}
-            save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
+            (work / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
             (work / "adapter_config.json").write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
             (work / "README.md").write_text(model_card(self, card), encoding="utf-8")
             work.chmod(0o755)
@@ -517,6 +517,14 @@ def _head(head: str | nn.Module, d: int, num_classes: int) -> nn.Module:
         nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(layer.bias)
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _alike(names: list[tuple[str, nn.Parameter]]) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Parameters by their name without numbers: the same part of every block."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, p in names:
+        groups.setdefault(".".join(part for part in name.split(".") if not part.isdigit()), []).append((name, p))
+    return groups
 
 
 def _noise(p: Tensor, generator: torch.Generator) -> Tensor:

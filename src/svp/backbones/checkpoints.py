@@ -303,10 +303,10 @@ def convert_checkpoint(
 
 def save_tensors(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Tensors to a safetensors file that appears whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # save_file makes files that only their owner may read
 
     plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    _atomically(Path(target), lambda path: save_file(plain, path, {"format": "pt", **(metadata or {})}))
+    _atomically(Path(target), lambda path: path.write_bytes(save(plain, {"format": "pt", **(metadata or {})})))
 
 
 def save_backbone(net: Backbone, target: str | Path, dtype: torch.dtype = torch.float32, **facts: Any) -> None:
