@@ -55,13 +55,25 @@ class Backbone(nn.Module):
         def run(images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
             self.check_images(images)
             tokens = self.run_blocks(images, w, seams, side, drop_path)
-            return self.pool(tokens.x, tokens.cls, tokens.patches), tokens.side
+            return self.pooled(tokens, w), tokens.side
 
         return seams.network(images, run)
 
     def run_blocks(self, images: Tensor, w: Weights, seams: Seams, side: Tensor | None, drop_path: float) -> Tokens:
         """images (b, 3, H, W) -> the tokens after the last norm, x (b, l, d)."""
         raise NotImplementedError
+
+    def pooled(self, tokens: Tokens, w: Weights) -> Tensor:
+        """Normed tokens -> feature (b, d), with the weights in force."""
+        return self.pool(tokens.x, tokens.cls, tokens.patches)
+
+    def checkpointed(self, seams: Seams, tokens: Tokens, i: int, block: Any) -> Tokens:
+        """Block i; with gradient checkpointing its activations are recomputed in the backward pass, only its input is kept."""
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return seams.block(tokens, i, block)
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(seams.block, tokens, i, block, use_reentrant=False)
 
     def pool(self, x: Tensor, cls: tuple[int, ...], patches: Tensor | None = None) -> Tensor:
         """The mean of the class tokens, or of the picture's where there are none: (b, l, d) -> (b, d)."""
@@ -147,6 +159,11 @@ class Backbone(nn.Module):
     @property
     def cls_positions(self) -> tuple[int, ...]:
         raise NotImplementedError
+
+    @property
+    def position_rows(self) -> tuple[int, ...]:
+        """The rows of the position table that belong to no patch."""
+        return self.cls_positions
 
     @property
     def drop_path_now(self) -> float:
