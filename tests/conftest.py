@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from svp.ops import native
 
@@ -22,9 +23,11 @@ def shared():
 
 
 def pytest_configure(config):
-    """One thread here and in the processes that tests start: several test processes share the cores."""
+    """One thread here and in the processes that tests start: several test processes share the cores. Seeded examples."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    settings.register_profile("svp", deadline=None, derandomize=True)
+    settings.load_profile("svp")
 
 
 @pytest.fixture(autouse=True)

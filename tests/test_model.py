@@ -45,7 +45,7 @@ def stir(model, seed=1):
 
 
 def step(model, images, steps=2):
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2, weight_decay=0.0)  # gradients alone move
     for _ in range(steps):
         loss = F.cross_entropy(model(images), torch.arange(len(images)) % 5)
         optimizer.zero_grad()
@@ -70,7 +70,7 @@ class TestContract:
         frozen = {k: v.clone() for k, v in net.state_dict().items()}
         model = made(method, net).train()
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        step(model, images, steps=3)
+        step(model, images, steps=2)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]) != (name in trained), name
@@ -181,6 +181,44 @@ class TestContract:
     def test_without_gradients_nothing_is_kept(self, method, images):
         with torch.no_grad():
             assert made(method)(images).grad_fn is None
+
+
+@pytest.mark.parametrize("method", [m for m in NEUTRAL if m != "linear"])
+def test_a_zero_start_is_the_linear_probe_bit_for_bit(isa, method):
+    """On the fast kernel at every level, however torch is asked to remember: the first step starts from equal logits."""
+    net = backbone(embed_dim=48, img_size=64)  # wider than a panel of the kernel, an odd count of tokens
+    net.kernel = "cpu"
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    linear, other = made("linear", net), made(method, net)
+    for training in (False, True):
+        want, got = linear.train(training)(images), other.train(training)(images)
+        with torch.no_grad():
+            assert torch.equal(want, got) and torch.equal(other(images), got) and torch.equal(linear(images), want)
+
+
+def test_adapters_of_several_methods_train_from_threads_as_they_do_alone(images):
+    """AdamW steps of three methods on one backbone, one after the other and all at once."""
+    net = backbone()
+    frozen = {k: v.clone() for k, v in net.state_dict().items()}
+    methods = ("svp", "lora", "full")
+
+    def trained(method, models):
+        models[method] = made(method, net).train()
+        step(models[method], images, steps=4)
+
+    alone, together = {}, {}
+    for method in methods:
+        trained(method, alone)
+    threads = [threading.Thread(target=trained, args=(method, together)) for method in methods]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for method in methods:
+        want = alone[method].state_dict()
+        assert all(torch.equal(t, want[name]) for name, t in together[method].state_dict().items()), method
+    assert all(torch.equal(v, frozen[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in net.parameters()) and not net.training
 
 
 def test_the_model_shows_method_and_head_alone():

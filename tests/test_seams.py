@@ -1,11 +1,14 @@
 """Every seam, driven by a small method of its own: what passes there reaches the output, and nothing else does."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
+from svp.ops import native
 from svp.seams import KV, Scan, Seams, Stack, Tokens
 
 DEPTH, D = 3, 16
@@ -165,23 +168,33 @@ class Scaled(Seams):
         return {self.name: w[self.name] * self.factor if self.fill is None else self.fill}
 
 
-@pytest.mark.parametrize("kernel", ["reference", "auto"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_replaced_weight_changes_the_output(net, images, kernel, dtype):
-    """Nothing is bypassed: each tensor of the network, and each empty bias slot, on every kernel path."""
-    import copy
+PATHS = [("reference", torch.float64, ""), ("reference", torch.float32, "")]
+PATHS += [("cpu", torch.float32, level) for level in native.levels()]
 
+
+@pytest.mark.parametrize("kernel,dtype,level", PATHS, ids=lambda x: str(x).removeprefix("torch."))
+def test_every_replaced_weight_changes_the_output(net, images, kernel, dtype, level):
+    """Nothing is bypassed: each tensor of the network, and each empty bias slot, on every kernel path."""
     net = copy.deepcopy(net).to(dtype)
     net.kernel = kernel
     images = images.to(dtype)
-    plain = net.features(images, Seams())
-    names = [n for n, _ in net.named_parameters() if not n.startswith("head.")]
-    for name in names:
-        assert not torch.equal(net.features(images, Scaled(name)), plain), name
-    sizes = {"in_proj": 4 * D, "out_proj": D, "x_proj": 1 + 8, "x_proj_b": 1 + 8}
-    for slot in sorted(net.site_slots()):
-        width = sizes[slot.split(".")[3]]
-        assert not torch.equal(net.features(images, Scaled(slot, fill=torch.ones(width, dtype=dtype))), plain), slot
+    before = native.isa()
+    try:
+        if level:
+            native.set_isa(level)
+        plain = net.features(images, Seams())
+        names = [n for n, _ in net.named_parameters() if not n.startswith("head.")]
+        assert len(names) == 5 + 17 * DEPTH
+        for name in names:
+            assert not torch.equal(net.features(images, Scaled(name)), plain), name
+        sizes = {"in_proj": 4 * D, "out_proj": D, "x_proj": 1 + 8, "x_proj_b": 1 + 8}
+        for slot in sorted(net.site_slots()):
+            width = sizes[slot.split(".")[3]]
+            assert not torch.equal(net.features(images, Scaled(slot, fill=torch.ones(width, dtype=dtype))), plain), slot
+        assert torch.equal(net.features(images, Seams()), plain)
+    finally:
+        if level:
+            native.set_isa(before)
 
 
 def test_replaced_weights_take_gradients_and_the_frozen_ones_do_not(net, images):

@@ -53,6 +53,7 @@ PUBLIC = {  # name -> the file it lives in; loaded on first use, so that `import
     "SvpError": "svp.errors",
 }
 ROOMS = ("ops",)  # rooms that are used whole: svp.ops.selective_scan
+__all__ = [*PUBLIC, *ROOMS]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,14 +21,17 @@ def is_published_adapter(found: Checkpoint) -> bool:
     return "prompt_scale" in found.tensors
 
 
-def load_published(path: str | Path, backbone: Backbone | None = None) -> tuple[AdaptedModel, Report]:
+def load_published(
+    path: str | Path, backbone: Backbone | None = None, *, trust_pickle: bool = False, ema: bool = False
+) -> tuple[AdaptedModel, Report]:
     """An adapter trained with the authors' code (checkpoint.pth, best_checkpoint.pth) as an AdaptedModel.
 
     backbone  the base network; None: made from the file itself, which holds all of it
+    ema       take the averaged weights of the file
     Raises SvpError when the file is no such adapter, or its frozen tensors are not the backbone's.
     Source: repository zhoujiahuan1991/AAAI2025-SVP, svp/model/models_mamba.py.
     """
-    found = read_checkpoint(path)
+    found = read_checkpoint(path, trust_pickle=trust_pickle, ema=ema)
     if not is_published_adapter(found):
         raise SvpError(
             f"{path} holds no prompts of the released SVP code (prompt_scale)",
@@ -59,12 +62,15 @@ def load_published(path: str | Path, backbone: Backbone | None = None) -> tuple[
     return model, report
 
 
-def convert_adapter(source: str | Path, folder: str | Path, *, backbone: Backbone | None = None) -> Report:
+def convert_adapter(
+    source: str | Path, folder: str | Path, *, backbone: Backbone | None = None, trust_pickle: bool = False,
+    ema: bool = False,
+) -> Report:  # fmt: skip
     """Write an adapter trained with the authors' code as a folder that `svp.load` reads; every key is reported.
 
     Without `backbone` the frozen network of the file is written beside the adapter as backbone.safetensors.
     """
-    model, report = load_published(source, backbone)
+    model, report = load_published(source, backbone, trust_pickle=trust_pickle, ema=ema)
     folder = Path(folder)
     if backbone is None:
         from svp.backbones.checkpoints import save_backbone

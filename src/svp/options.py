@@ -77,7 +77,7 @@ def assignments(texts: typing.Iterable[str], flag: str) -> dict[str, Any]:
             raise SvpError(f"{flag} {text!r} is not OPTION=VALUE", f"for example {flag} hidden=32", kind="usage")
         try:
             found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as err:
+        except (yaml.YAMLError, ValueError, RecursionError) as err:  # ValueError: the 45th of month 13, 5,000 digits
             raise SvpError(
                 f"{flag} {text!r}: the value cannot be read", f"quote it: {flag} '{key}=…'", kind="usage"
             ) from err
@@ -104,7 +104,7 @@ def type_words(hint: Any) -> str:
 def _checked(f: dataclasses.Field, hint: Any, value: Any, what: str) -> Any:
     try:
         value = _converted(hint, value)
-    except (TypeError, ValueError) as err:
+    except (TypeError, ValueError, OverflowError) as err:
         problem = f"{f.name} of {what} is {value!r}, expected {type_words(hint)}"
         raise SvpError(problem, f"the default is {default_of(f)!r}", kind="usage") from err
     for number in value if isinstance(value, tuple) else (value,):
@@ -122,8 +122,9 @@ def _check_range(f: dataclasses.Field, number: Any, what: str) -> None:
         (high, lambda: number <= high, f"at most {high}"),
     ]
     asked = [(fits, words) for bound, fits, words in tests if bound is not None]
-    if not math.isfinite(number) or not all(fits() for fits, _ in asked):
-        wanted = " and ".join(["a finite number"] * (not math.isfinite(number)) + [words for _, words in asked])
+    is_finite = isinstance(number, int) or math.isfinite(number)  # of a huge integer isfinite makes an OverflowError
+    if not is_finite or not all(fits() for fits, _ in asked):
+        wanted = " and ".join(["a finite number"] * (not is_finite) + [words for _, words in asked])
         raise SvpError(
             f"{f.name} of {what} is {number}, expected {wanted}", f"the default is {default_of(f)!r}", kind="usage"
         )
@@ -160,7 +161,7 @@ def _first_that_fits(hints: tuple, value: Any) -> Any:
     for hint in sorted(hints, key=lambda h: h is str):  # text accepts nearly everything: ask it last
         try:
             return _converted(hint, value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     raise TypeError
 

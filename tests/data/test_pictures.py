@@ -196,7 +196,7 @@ def test_the_limit_can_be_lowered(tmp_path, paint):
         read_picture(path, max_pixels=119)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from(["png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm", "tga", "ico"]),
     damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),

@@ -18,7 +18,7 @@ def arrays(labels, seed=0):
     return Arrays(pixels, labels, [f"{seed}-{i}" for i in range(len(labels))])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(2, 40), min_size=1, max_size=6), fraction=st.floats(0.01, 0.9), seed=st.integers(0, 99)
 )

@@ -125,7 +125,7 @@ def test_bad_values_are_one_sentence(changes, said):
     assert said in str(err.value) and err.value.kind == "usage"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.one_of(
         st.text(max_size=60),

@@ -93,9 +93,9 @@ def main() -> NoReturn:
 def run(argv: list[str], is_debug: bool = False) -> int:
     """The exit code of a command line; what is wrong is said on stderr, in two lines, without a traceback."""
     try:
-        svp.main(argv, prog_name="svp", standalone_mode=False)
+        code = svp.main(argv, prog_name="svp", standalone_mode=False)
         sys.stdout.flush()
-        return 0
+        return code if isinstance(code, int) else 0  # ctx.exit(1) comes back as a value
     except SvpError as err:
         return said(err.problem, err.hint, err.exit_code, is_debug)
     except click.exceptions.Exit as err:
@@ -111,7 +111,7 @@ def run(argv: list[str], is_debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as err:
-        return bug(err, is_debug)
+        return broken_install(err, is_debug) or bug(err, is_debug)
 
 
 def said(problem: str, hint: str, code: int, is_debug: bool) -> int:
@@ -138,6 +138,17 @@ def usage(err: click.UsageError, argv: list[str], is_debug: bool) -> int:
             key, _, value = words[0].partition("=")
             problem, hint = f"{words[0]} is not understood", f"use --{key.replace('_', '-')} {value}, or -r {key}={value}"
     return said(problem[:1].lower() + problem[1:], hint, 2, is_debug)
+
+
+def broken_install(err: Exception, is_debug: bool) -> int:
+    """The exit code where packages are missing or do not belong together, which is no mistake of ours; else 0."""
+    if isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("svp"):
+        problem = f"the package {err.name} is not installed"
+    elif "torchvision::" in str(err):  # an operator that the other version does not have
+        problem = "torch and torchvision do not belong together"
+    else:
+        return 0
+    return said(problem, "svp doctor tells versions and the cure", 1, is_debug)
 
 
 def bug(err: Exception, is_debug: bool) -> int:

@@ -22,6 +22,9 @@ BAD_IMAGE = click.option(
     help="What to do with a picture that cannot be read.",
 )  # fmt: skip
 
+KERNEL = click.option("--kernel", type=click.Choice(["auto", "reference", "cpu", "triton"]), default="auto", show_default=True, help="Which selective scan answers.")  # fmt: skip
+RUN_WEIGHTS = click.option("--weights", metavar="FILE|hf:OWNER/NAME", help="Of the backbone, where they have moved since the run.")  # fmt: skip
+
 
 class Finite(click.ParamType):
     """A finite number in a range; click itself lets nan and inf pass."""

@@ -48,6 +48,19 @@ class Evaluation:
     def count(self) -> int:
         return len(self.labels)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All but the probabilities, in plain values; a class without pictures has accuracy None."""
+        shown, right = self.confusion.sum(1).tolist(), np.diag(self.confusion).tolist()
+        return {
+            "split": self.split, "pictures": self.count, "accuracy": self.accuracy,
+            "mean_class_accuracy": self.mean_class_accuracy, "top5": self.top5, "ece": self.ece, "loss": self.loss,
+            "classes": [
+                {"name": name, "pictures": n, "right": k, "accuracy": k / n if n else None}
+                for name, n, k in zip(self.classes, shown, right, strict=True)
+            ],
+            "confusion": self.confusion.tolist(),
+        }  # fmt: skip
+
 
 def evaluate(
     model: AdaptedModel,

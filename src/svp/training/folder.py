@@ -20,8 +20,8 @@ from svp.errors import SvpError
 from svp.training.config import differences, plain, read_yaml, to_yaml
 
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.yaml", "metrics.jsonl", "result.json", "predictions.csv"
-MODEL, CHECKPOINT, STATE, LOCK = "model", "checkpoint", "state.pt", ".lock"
-OURS = (CONFIG, METRICS, RESULT, PREDICTIONS, MODEL, CHECKPOINT, LOCK)
+MODEL, CHECKPOINT, STATE, EVAL, LOCK = "model", "checkpoint", "state.pt", "eval", ".lock"
+OURS = (CONFIG, METRICS, RESULT, PREDICTIONS, MODEL, CHECKPOINT, EVAL, LOCK)
 MAY_CHANGE = ("machine", "svp_version")  # between a run and its resumption
 
 

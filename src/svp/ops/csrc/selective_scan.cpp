@@ -142,12 +142,14 @@ void gather_A2(const float* A, int64_t n, int64_t count, float* panel) {
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
-// d, x = delta u and y = D u + bias of a panel and chunk.
-void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* d, float* x, float* y) {
+// d, x = delta u and y = D u + bias of a panel and chunk; reach: each channel's largest |d|.
+void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* d, float* x, float* y,
+                      float* reach) {
   for (int64_t c = 0, count = at.count(panel); c < whole_tiles(count); c += W) {  // lanes beyond `count` become zero
     const int64_t channel = at.from(panel) + c, left = count - c;
     const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
     const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    vf most = {};
     for (int64_t t = 0; t < now.steps; ++t) {
       vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
       const vf ut = load_part(row_of(a.u, at, now.token[t], channel), left);
@@ -155,7 +157,9 @@ void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t 
       store(d + t * PANEL + c, dt);
       store(x + t * PANEL + c, dt * ut);
       store(y + t * PANEL + c, D * ut + bias);
+      most = larger(absolute(dt), most);
     }
+    store(reach + c, most);
   }
 }
 
@@ -182,12 +186,24 @@ void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t 
     }
 }
 
+// Whether exp2_near will do for all arguments d A2 of S states in a chunk. (AVX-512 has one exponential for all.)
+template <int S>
+SVP_INLINE bool is_near(const float* A2, const float* reach) {
+  vi far = {};
+  if (SVP_LEVEL < 2)
+    for (int s = 0; s < S; ++s)
+      for (int v = 0; v < TILE; v += W) far |= absolute(load(A2 + s * PANEL + v)) * load(reach + v) > splat(126.0f);
+  return !any(far);
+}
+template <bool NEAR>
+SVP_INLINE vf exp2_of(vf t) { return NEAR ? exp2_near(t) : exp2v(t); }
+
 // The recurrence of S states: A2, h at the first of them, b and c likewise from n0 on.
 #define LOAD_H(s, v) vf h##s##v = load(h + s * PANEL + v * W);
 #define STORE_H(s, v) store(h + s * PANEL + v * W, h##s##v);
 #define STEP(s, v)                                            \
   {                                                           \
-    const vf a = exp2v(d##v * load(A2 + s * PANEL + v * W));  \
+    const vf a = exp2_of<NEAR>(d##v * load(A2 + s * PANEL + v * W));\
     h##s##v = a * h##s##v + x##v * bt[s];                     \
     y##v += h##s##v * ct[s];                                  \
   }
@@ -198,6 +214,7 @@ void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t 
 #define STORE_Y(s, v) store(y + t * PANEL + v * W, y##v);
 
 #define FORWARD(NAME, FOR)                                                                                             \
+  template <bool NEAR>\
   void NAME(const Chunk& now, int64_t n0, const float* A2, const float* d, const float* x, float* y, float* h) {       \
     FOR(LOAD_H)                                                                                                        \
     for (int64_t t = 0; t < now.steps; ++t) {                                                                          \
@@ -215,7 +232,7 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
   const Place at(a, task);
   const int64_t e = a.channels, n = a.n, chunks = (a.length + T - 1) / T, states = n * PANEL;
   float *A2 = scratch, *h = A2 + PANELS * states, *offset = h + PANELS * states;
-  float *d = offset + PANELS * states, *x = d + PLANE, *y = x + PLANE;
+  float *d = offset + PANELS * states, *x = d + PLANE, *y = x + PLANE, *reach = y + PLANE;
   clear(d, 3 * PLANE);
   for (int64_t p = at.first; p < at.end; ++p) {
     const int64_t channel = at.from(p), count = at.count(p), k = (p - at.first) * states;
@@ -230,7 +247,7 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
       const int64_t ahead = p + 1 < at.end ? 0 : a.reverse ? -T : T;  // tokens from this panel's to the next one's
       if (a.states)
         copy(a.states + ((at.picture * chunks + chunk) * at.panels * a.groups + at.group * at.panels + p) * states, h + k, states);
-      forward_prologue(a, at, now, p, d, x, y);
+      forward_prologue(a, at, now, p, d, x, y, reach);
       if (a.offset) read_offset(now, n, offset + k, y);
       int64_t asked = 0;
       for (int64_t c = 0, count = at.count(p); c < count; c += TILE) {
@@ -243,10 +260,10 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
           }
           const int64_t o = k + s * PANEL + c;
           if (s + 4 <= n) {
-            forward_4(now, s, A2 + o, d + c, x + c, y + c, h + o);
+            (is_near<4>(A2 + o, reach + c) ? forward_4<true> : forward_4<false>)(now, s, A2 + o, d + c, x + c, y + c, h + o);
             s += 4;
           } else {
-            forward_1(now, s, A2 + o, d + c, x + c, y + c, h + o);
+            (is_near<1>(A2 + o, reach + c) ? forward_1<true> : forward_1<false>)(now, s, A2 + o, d + c, x + c, y + c, h + o);
             s += 1;
           }
         }
@@ -262,10 +279,10 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
 
 // What the backward keeps of a panel and chunk, each (T, PANEL).
 struct Planes {
-  float *d, *x, *u, *slope, *dy, *dx, *dd, *y, *gate;  // slope: softplus', gate: dout silu'(z)
-  static constexpr int64_t FLOATS = 9 * PLANE;
+  float *d, *x, *u, *slope, *dy, *dx, *dd, *y, *gate, *reach;  // slope: softplus', gate: dout silu'(z)
+  static constexpr int64_t FLOATS = 9 * PLANE + PANEL;
   explicit Planes(float* p) {
-    for (float** plane : {&d, &x, &u, &slope, &dy, &dx, &dd, &y, &gate}) *plane = p, p += PLANE;
+    for (float** plane : {&d, &x, &u, &slope, &dy, &dx, &dd, &y, &gate, &reach}) *plane = p, p += PLANE;
   }
 };
 
@@ -274,6 +291,7 @@ void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t
     const int64_t channel = at.from(panel) + c, left = count - c;
     const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
     const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    vf most = {};
     for (int64_t t = 0; t < now.steps; ++t) {
       const int64_t o = t * PANEL + c;
       vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias, slope = splat(1.0f);
@@ -293,7 +311,9 @@ void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t
       store(k.dy + o, dy);
       store(k.dx + o, vf{});
       store(k.dd + o, vf{});
+      most = larger(absolute(dt), most);
     }
+    store(k.reach + c, most);
   }
 }
 
@@ -340,7 +360,7 @@ void backward_offset(const Chunk& now, int64_t n, const float* offset, const flo
 // Pass A, forward in time: keeps a_t and h_{t-1} of the chunk, sums dC and, for the gate, y.
 #define KEEP(s, v)                                                  \
   {                                                                 \
-    const vf a = exp2v(d##v * load(A2 + s * PANEL + v * W));        \
+    const vf a = exp2_of<NEAR>(d##v * load(A2 + s * PANEL + v * W));      \
     store(as + (t * S + s) * TILE + v * W, a);                      \
     store(hs + (t * S + s) * TILE + v * W, h##s##v);                \
     h##s##v = a * h##s##v + x##v * bt[s];                           \
@@ -384,7 +404,7 @@ void backward_offset(const Chunk& now, int64_t n, const float* offset, const flo
   store(k.dd + c + t * PANEL + v * W, dd##v);
 
 #define BACKWARD(NAME, STATES, FOR, SUMS)                                                                               \
-  template <bool gated>                                                                                                 \
+  template <bool NEAR, bool gated>                                                                                                 \
   void NAME##_keep(const Chunk& now, int64_t n0, int64_t n, const float* A2, const Planes& k, int64_t c, float* h,      \
                    float* as, float* hs, float* acc) {                                                                  \
     constexpr int S = STATES;                                                                                           \
@@ -459,11 +479,11 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
           }
           const int64_t o = s * PANEL + c;
           if (s + 4 <= n) {
-            backward_4_keep<gated>(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
+            (is_near<4>(A2 + k + o, planes.reach + c) ? backward_4_keep<true, gated> : backward_4_keep<false, gated>)(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
             backward_4_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 4;
           } else {
-            backward_1_keep<gated>(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
+            (is_near<1>(A2 + k + o, planes.reach + c) ? backward_1_keep<true, gated> : backward_1_keep<false, gated>)(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
             backward_1_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 1;
           }
@@ -488,7 +508,7 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
 }  // namespace
 
 int scan_forward(const Scan& a) {
-  const int64_t floats = 3 * PANELS * a.n * PANEL + 3 * PLANE;
+  const int64_t floats = 3 * PANELS * a.n * PANEL + 3 * PLANE + PANEL;
   return parallel(tasks_of(a), a.threads, floats, [&](int64_t task, float* scratch) { forward_task(a, task, scratch); });
 }
 
@@ -502,7 +522,7 @@ int scan_backward(const Scan& a) {
 void exponentials(float* p, int64_t count, int64_t rounds) {
   for (int64_t round = 0; round < rounds; ++round)
     for (int64_t i = 0; i < count; i += 4 * W)
-      for (int64_t j = i; j < i + 4 * W; j += W) store(p + j, exp2v(-load(p + j)));
+      for (int64_t j = i; j < i + 4 * W; j += W) store(p + j, exp2_near(-load(p + j)));
 }
 
 }  // namespace SVP_NS

@@ -45,6 +45,21 @@ SVP_INLINE void store_part(float* p, vf v, int64_t count) {
 
 SVP_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
+SVP_INLINE vf larger(vf a, vf b) {  // a NaN in b stays one
+#if SVP_LEVEL == 1
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+SVP_INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+SVP_INLINE bool any(vi mask) {
+  int64_t parts[W / 2], some = 0;
+  std::memcpy(parts, &mask, sizeof mask);
+  for (int64_t part : parts) some |= part;
+  return some != 0;
+}
+
 // 2^t, exact at 0. t = k + r with k the nearest multiple of 1 / PARTS: 2^k by table and exponent, 2^r - 1 by a minimax
 // polynomial of our own whose error vanishes with r, so that a slow state forgets at the right pace.
 #if SVP_LEVEL == 2
@@ -52,53 +67,58 @@ constexpr int PARTS = 16;  // polynomial 2e-9
 alignas(64) static const float ROOTS[16] = {
     0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
     0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
-#elif SVP_LEVEL == 1
-constexpr int PARTS = 8;  // polynomial 2.6e-8
-alignas(32) static const float ROOTS[8] = {0x1.000000p+0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
-                                           0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
-#else
-constexpr int PARTS = 1;  // polynomial 4e-9
-#endif
 
-SVP_INLINE vf exp2v(vf t) {
+SVP_INLINE vf exp2v(vf t) {  // t finite; underflow is gradual
   constexpr float SHIFT = 0x1.8p+23f / PARTS;  // its last bit is 1 / PARTS
-#if SVP_LEVEL == 2  // t finite; underflow is gradual
   const vf shifted = t + SHIFT, k = shifted - SHIFT, r = t - k;
   const vf root = (vf)_mm512_permutexvar_ps((__m512i)shifted, (__m512)load(ROOTS));
   const vf p = ((r * 0x1.c6acdap-5f + 0x1.ebfff4p-3f) * r + 0x1.62e430p-1f) * r;
   return (vf)_mm512_scalef_ps((__m512)(p * root + root), (__m512)k);
-#else  // 2^-126 stands for all that is less, infinity for 2^128 and more; a NaN stays one
-#if SVP_LEVEL == 1
-  t = (vf)_mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), (__m256)t));
+}
+SVP_INLINE vf exp2_near(vf t) { return exp2v(t); }
+SVP_INLINE vf exp2_below(vf t) { return exp2v(t); }
 #else
-  t = select(t < splat(-126.0f), splat(-126.0f), t);
-  t = select(t > splat(128.0f), splat(128.0f), t);
+#if SVP_LEVEL == 1
+constexpr int PARTS = 8;  // polynomial 2.6e-8
+alignas(32) static const int32_t ROOTS[8] = {  // mantissa of 2^(i / 8), with i << 20 taken out
+    0x000000, 0x1b95c2, 0x3837f0, 0x15fed7, 0x7504f3, 0x15672a, 0x3744fd, 0x1ac0c7};
+#else
+constexpr int PARTS = 1;  // polynomial 4e-9
 #endif
+
+SVP_INLINE vf exp2_near(vf t) {  // for |t| <= 126; a NaN stays one
+  constexpr float SHIFT = (0x1.8p+23f + 127 * PARTS) / PARTS;  // its last bit is 1 / PARTS; 127: the exponent's bias
   const vf shifted = t + SHIFT, r = t - (shifted - SHIFT);
 #if SVP_LEVEL == 1
-  const vf root = (vf)_mm256_permutevar8x32_ps((__m256)load(ROOTS), (__m256i)shifted);
-  const vf p = ((r * 0x1.c6b0e2p-5f + 0x1.ec0c1ep-3f) * r + 0x1.62e430p-1f) * r, a = p * root + root;
-  const vi power = ((vi)shifted << 20) & ~0x7fffff;
+  const vi root = (vi)_mm256_permutevar8x32_epi32((__m256i)load((const float*)ROOTS), (__m256i)shifted);
+  const vf scale = (vf)(root ^ ((vi)shifted << 20));
+  const vf p = (r * 0x1.c6b0e2p-5f + 0x1.ec0c1ep-3f) * r + 0x1.62e430p-1f;
 #else
+  const vf scale = (vf)((vi)shifted << 23);
   vf p = r * 0x1.415fcap-13f + 0x1.5f0934p-10f;
   p = r * p + 0x1.3b2dfap-7f;
   p = r * p + 0x1.c6af7ap-5f;
   p = r * p + 0x1.ebfbdcp-3f;
   p = r * p + 0x1.62e430p-1f;
-  const vf a = r * p + 1.0f;
-  const vi power = (vi)shifted << 23;
 #endif
-  return (vf)((vi)a + power);
-#endif
+  return p * (r * scale) + scale;
 }
+SVP_INLINE vf exp2_below(vf t) { return exp2_near(larger(splat(-126.0f), t)); }  // for t <= 126
+SVP_INLINE vf exp2v(vf t) {  // 2^-126 stands for all that is less, infinity for 2^128 and more; a NaN stays one
+  const vi high = t > splat(126.0f);
+  const vf low = exp2_below(select(high, select(t > splat(128.5f), splat(126.0f), t - 2.0f), t));
+  return low * select(high, splat(4.0f), splat(1.0f));
+}
+#endif
 
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
-
-SVP_INLINE vf expv(vf x) { return exp2v(x * LOG2E); }
 
 SVP_INLINE vf reciprocal(vf x) {  // of a finite number from 1 on
 #if SVP_LEVEL == 2
   const vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  return y * (1.0f - x * y) + y;
+#elif SVP_LEVEL == 1
+  const vf y = (vf)_mm256_rcp_ps((__m256)x);
   return y * (1.0f - x * y) + y;
 #else
   return 1.0f / x;
@@ -117,18 +137,16 @@ SVP_INLINE vf log1p_unit(vf w) {
   return s * (q * p + 2.0f);
 }
 
-SVP_INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
-
 // softplus(x) = max(x, 0) + log1p(exp(-|x|)); above 20 this is x to the last bit, as torch has it. slope: its derivative.
 SVP_INLINE vf softplus(vf x, vf* slope = nullptr) {
-  const vf w = expv(-absolute(x));
+  const vf w = exp2_below(-absolute(x) * LOG2E);
   const vi positive = x > vf{};
   if (slope) *slope = select(positive, splat(1.0f), w) * reciprocal(w + 1.0f);
   return select(positive, x, vf{}) + log1p_unit(w);
 }
 
 SVP_INLINE vf sigmoid(vf x) {
-  const vf w = expv(-absolute(x));
+  const vf w = exp2_below(-absolute(x) * LOG2E);
   return select(x > vf{}, splat(1.0f), w) * reciprocal(w + 1.0f);
 }
 
