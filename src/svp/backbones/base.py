@@ -51,13 +51,7 @@ class Backbone(nn.Module):
         """
         w = self.in_force(seams)
         seams = seams or PLAIN
-
-        def run(images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-            self.check_images(images)
-            tokens = self.run_blocks(images, w, seams, side, drop_path)
-            return self.pooled(tokens, w), tokens.side
-
-        return seams.network(images, run)
+        return seams.network(images, Run(self, w, seams, drop_path))
 
     def run_blocks(self, images: Tensor, w: Weights, seams: Seams, side: Tensor | None, drop_path: float) -> Tokens:
         """images (b, 3, H, W) -> the tokens after the last norm, x (b, l, d)."""
@@ -66,6 +60,10 @@ class Backbone(nn.Module):
     def pooled(self, tokens: Tokens, w: Weights) -> Tensor:
         """Normed tokens -> feature (b, d), with the weights in force."""
         return self.pool(tokens.x, tokens.cls, tokens.patches)
+
+    def last_norm(self, x: Tensor, w: Weights) -> Tensor:
+        """The norm after the last block, (b, l, d) -> (b, l, d), with the weights in force."""
+        raise NotImplementedError
 
     def checkpointed(self, seams: Seams, tokens: Tokens, i: int, block: Any) -> Tokens:
         """Block i; with gradient checkpointing its activations are recomputed in the backward pass, only its input is kept."""
@@ -211,6 +209,21 @@ class Backbone(nn.Module):
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
+
+
+class Run:
+    """What seams.network gets as `run`: the network with the weights in force."""
+
+    def __init__(self, net: Backbone, w: Weights, seams: Seams, drop_path: float):
+        self.net, self.w, self.seams, self.drop_path = net, w, seams, drop_path
+
+    def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        self.net.check_images(images)
+        tokens = self.net.run_blocks(images, self.w, self.seams, side, self.drop_path)
+        return self.net.pooled(tokens, self.w), tokens.side
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.net.last_norm(x, self.w)
 
 
 def tensor_digest(t: Tensor) -> str:

@@ -125,8 +125,10 @@ class Vim(Backbone):
             block = Block(self, layer, blocks[i], i, seams, drop_rate(drop_path_rate, i, self.depth))
             tokens = self.checkpointed(seams, tokens, i, block)
         tokens = tokens._replace(x=drop_path(tokens.x, drop_path_rate))
-        normed = rms_norm(tokens.stream, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
-        return tokens._replace(x=normed, residual=None)
+        return tokens._replace(x=self.last_norm(tokens.stream, w), residual=None)
+
+    def last_norm(self, x: Tensor, w: Weights) -> Tensor:
+        return rms_norm(x, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
 
     @property
     def cls_positions(self) -> tuple[int, ...]:
@@ -146,7 +148,7 @@ class Vim(Backbone):
         views = {name: t.detach() for name, t in self.named_parameters()}
         return Site(
             self.name, tuple(blocks), views, self.site_slots(), self.img_size, self.patch_size, self.grid,
-            self.cls_positions, self.num_features, p.mean, p.std, self.head,
+            self.cls_positions, self.num_features, p.mean, p.std, self.head if isinstance(self.head, nn.Linear) else None,
         )  # fmt: skip
 
     def site_slots(self) -> frozenset[str]:

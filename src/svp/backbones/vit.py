@@ -91,7 +91,10 @@ class Vit(Backbone):
         for i, layer in enumerate(self.blocks):
             rate = drop_path_rate * i / max(self.depth - 1, 1)
             tokens = self.checkpointed(seams, tokens, i, Block(layer, weights[i], i, seams, rate, self.name))
-        return tokens._replace(x=layer_norm(self.norm, w, "norm", tokens.x))
+        return tokens._replace(x=self.last_norm(tokens.x, w))
+
+    def last_norm(self, x: Tensor, w: Weights) -> Tensor:
+        return layer_norm(self.norm, w, "norm", x)
 
     def pooled(self, tokens: Tokens, w: Weights) -> Tensor:
         return layer_norm(self.fc_norm, w, "fc_norm", super().pooled(tokens, w))
