@@ -113,10 +113,18 @@ class AdaptedModel(nn.Module):
     def method_name(self) -> str:
         return "+".join(name for name, _ in self.specs)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The methods' names, or what they are called where they are adapted to this backbone."""
+        site = self.backbone.site()
+        parts = list(self.method.parts.values()) if isinstance(self.method, Several) else [self.method]
+        return tuple(type(part).label(site, part.opt) or name for (name, _), part in zip(self.specs, parts, strict=True))
+
     def summary(self) -> str:
         """What trains, where, how many numbers (peft: print_trainable_parameters)."""
         frozen = sum(p.numel() for name, p in self.backbone.named_parameters() if not name.startswith("head."))
-        lines = [f"{self.method_name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(True) - self.num_trainable():,} "
+        name = "+".join(self.labels)
+        lines = [f"{name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(True) - self.num_trainable():,} "
                  f"numbers train, {frozen:,} are frozen ({self.num_trainable(True) / frozen:.2%})"]  # fmt: skip
         groups: dict[str, list[nn.Parameter]] = {}
         for name, p in self.named_parameters():

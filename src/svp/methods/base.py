@@ -52,6 +52,11 @@ class Method(Seams, nn.Module):
         """Why this method cannot act on this site, or None."""
         return None
 
+    @classmethod
+    def label(cls, site: Site, opt: Any) -> str | None:
+        """How tables call this method where it is not the published one, for example "e2vpt_in"; None: it is."""
+        return None
+
     def preprocessing(self, p: Preprocessing) -> Preprocessing:
         """Another input size or normalisation than the backbone's."""
         return p
