@@ -189,7 +189,8 @@ class AdaptedModel(nn.Module):
     def merge(self) -> Backbone:
         """A plain backbone that acts the same, its head this model's (peft: merge_and_unload).
 
-        Raises SvpError when the method does more than replace weights, or changes their shapes.
+        Bias slots that the published network left empty are filled, and tensors may have another shape (more states).
+        Raises SvpError when the method does more than replace weights.
         """
         net = copy.deepcopy(self.backbone)
         w = {name: p.detach() for name, p in net.named_parameters() if not name.startswith("head.")}
@@ -197,16 +198,12 @@ class AdaptedModel(nn.Module):
             merged = w if self.frozen_features else self.method.merged(w, self.method)
         if merged is None:
             raise SvpError(
-                f"{self.method_name} cannot be merged: its prompts are computed from each picture",
+                f"{self.method_name} cannot be merged: it does more than replace weights",
                 "save the adapter with save_pretrained() instead; it is a few MB",
             )
-        own = dict(net.named_parameters())
         for name, value in merged.items():
-            if name not in own or own[name].shape != value.shape:
-                raise SvpError(
-                    f"{self.method_name} cannot be merged: {net.name} has no place for {name} {tuple(value.shape)}"
-                )
-            own[name].data.copy_(value)
+            owner, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(owner), leaf, nn.Parameter(value.detach().clone()))
         net.head, net.num_classes = copy.deepcopy(self.head), self.num_classes
         net.stored_positions = None
         return net.requires_grad_(True)

@@ -155,6 +155,7 @@ class Vim(Backbone):
         twins = ("x_proj", "x_proj_b") if self.scan_type == "v2" else ("x_proj",)
         names = {f"layers.{i}.mixer.{m}.bias" for i in range(self.depth) for m in ("in_proj", "out_proj", *twins)}
         names |= {f"layers.{i}.mixer.{m}.bias" for i in range(self.depth) for m in ("conv1d", "conv1d_b")}
+        names.add("norm_f.bias")
         return frozenset(names - set(dict(self.named_parameters())))
 
     # -- start values, timm's protocol ---------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class Vim(Backbone):
         outs = []
         for i in wanted:
             stream, tokens = taken.found[i]
-            stream = rms_norm(stream, w["norm_f.weight"], self.norm_eps, last.x.dtype) if norm else stream
+            stream = self.last_norm(stream, w) if norm else stream
             patches = stream[:, tokens.patches]
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, self.grid)

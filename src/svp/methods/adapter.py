@@ -19,9 +19,11 @@ KINDS = Literal["adaptformer", "parallel", "houlsby", "pfeiffer"]
 class Adapter(Method):
     """a(x) = up(drop(relu(down(x)))), up at zero: training starts at the frozen network.
 
-    adaptformer  branch(x) + scale a(x) beside the MLP (ViT) or the mixer (Vim), x the stream before its norm
-    parallel     Vim: scale a(o) beside out_proj, o the gated mean of both directions; no biases (MambaPEFT)
-    pfeiffer     y + a(y) after the MLP (ViT) or the mixer (Vim);  houlsby: after attention too
+    adaptformer  branch(x) + scale a(x) beside the MLP (ViT, direct) or the mixer (Vim, adapted), x the stream before its norm
+    parallel     Vim (direct): scale a(o) beside out_proj, o the gated mean of both directions; no biases (MambaPEFT)
+    pfeiffer     y + a(y) after the MLP (ViT, direct) or the mixer (Vim, adapted);  houlsby: after attention too
+    Not offered: AdaptFormer's LayerNorm behind the adapter, which is not the frozen network at the start. relu in Houlsby and
+    Pfeiffer, whose papers leave it open: ours.
     Source: arXiv 2205.13535 (AdaptFormer, repository ShoufaChen/AdaptFormer), 2411.03855 (parallel), 1902.00751 (Houlsby),
     2005.00247 (Pfeiffer).
     """
@@ -30,19 +32,33 @@ class Adapter(Method):
     class Options:
         kind: KINDS = option("adaptformer", "where it acts")
         hidden: int = option(64, "width between down and up", low=1)
-        scale: float = option(0.1, "factor beside a branch (adaptformer, parallel)")
+        scale: float | Literal["learned"] = option(
+            0.1, "factor beside a branch (adaptformer, parallel); learned: one trained number a place, from 1"
+        )
+        bias: bool = option(True, "biases in both layers; parallel has none")
         dropout: float = option(0.0, "after the activation, in training; published AdaptFormer: 0.1", low=0.0, high=0.9)
         layernorm: Literal["none", "in"] = option("none", "adaptformer: a LayerNorm before down")
 
-    PRESETS = {"published": dict(dropout=0.1), "parallel": dict(kind="parallel", hidden=32, scale=0.1, dropout=0.1)}
+    PRESETS = {
+        "published": dict(dropout=0.1),
+        "petl_vit": dict(hidden=8, bias=False, dropout=0.1),
+        "parallel": dict(kind="parallel", hidden=32, scale=0.1, dropout=0.1),
+        "houlsby": dict(kind="houlsby", hidden=8),
+        "pfeiffer": dict(kind="pfeiffer", hidden=8),
+    }
     paper = "arXiv 2205.13535, 1902.00751, 2005.00247; parallel: 2411.03855"
-    params_formula = "one place: 2 d h + h + d (parallel: h (e + d)); places: depth, Houlsby on a ViT 2 depth"
+    params_formula = (
+        "one place: 2 d h + h + d, without biases 2 d h, parallel h (e + d), a LayerNorm + 2 d, a learned scale + 1; "
+        "places: depth, Houlsby on a ViT 2 depth"
+    )
     default_lr = 3e-3
 
     @classmethod
     def unfit(cls, site, opt):
         if opt.kind == "parallel" and not all(block.kinds == ("mixer",) for block in site.blocks):
             return "the parallel adapter stands beside out_proj of a Mamba block; on a ViT take kind=adaptformer"
+        if opt.layernorm == "in" and opt.kind != "adaptformer":
+            return 'layernorm belongs to kind "adaptformer"'
         return None
 
     def __init__(self, site, opt, num_classes):
@@ -50,7 +66,7 @@ class Adapter(Method):
         self.parts = nn.ModuleDict()
         for i, block in enumerate(site.blocks):
             where = block.kinds if opt.kind == "houlsby" else block.kinds[-1:]
-            d_in, bias = (block.e, False) if opt.kind == "parallel" else (block.width, True)
+            d_in, bias = (block.e, False) if opt.kind == "parallel" else (block.width, opt.bias)
             for kind in where:
                 self.parts[f"{kind}_{i}"] = Bottleneck(d_in, block.width, opt, bias)
 
@@ -62,19 +78,20 @@ class Adapter(Method):
         y = run(h)
         if name not in self.parts:
             return y
-        if self.opt.kind == "adaptformer":
-            return y + self.opt.scale * self.parts[name](x.to(h.dtype))
-        return y + self.parts[name](y)
+        return y + (self.parts[name](x.to(h.dtype)) if self.opt.kind == "adaptformer" else self.parts[name](y))
 
     def beside(self, i):
-        return {"out_proj": Scaled(self.parts[f"mixer_{i}"], self.opt.scale)}
+        return {"out_proj": self.parts[f"mixer_{i}"]}
 
 
 class Bottleneck(nn.Module):
-    """up(drop(relu(down(norm(x)))))"""
+    """scale up(drop(relu(down(norm(x)))))"""
 
     def __init__(self, d_in: int, d_out: int, opt, bias: bool):
         super().__init__()
+        self.scale = 1.0 if opt.kind in ("houlsby", "pfeiffer") else opt.scale
+        if self.scale == "learned":
+            self.scale = nn.Parameter(torch.ones(1))
         self.norm = nn.LayerNorm(d_in) if opt.layernorm == "in" else nn.Identity()
         self.down, self.up = nn.Linear(d_in, opt.hidden, bias=bias), nn.Linear(opt.hidden, d_out, bias=bias)
         self.drop = nn.Dropout(opt.dropout)
@@ -85,14 +102,4 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.drop(F.relu(self.down(self.norm(x)))))
-
-
-class Scaled:
-    """scale times a module."""
-
-    def __init__(self, module: nn.Module, scale: float):
-        self.module, self.scale = module, scale
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.scale * self.module(x)
+        return self.scale * self.up(self.drop(F.relu(self.down(self.norm(x)))))

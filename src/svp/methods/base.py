@@ -129,6 +129,15 @@ class Several(Method):
     def memory(self, i, w):
         return self.stack.memory(i, w)
 
+    def merged(self, weights, plain):
+        # what stands beside a layer or changes its input acts on the weights that the others have made
+        for part in sorted(self.parts.values(), key=lambda part: 2 * part.acts("branch") + part.acts("beside")):
+            found = part.merged(weights, part)
+            if found is None:
+                return None
+            weights = found
+        return weights
+
     def preprocessing(self, p):
         for part in self.parts.values():
             p = part.preprocessing(p)
