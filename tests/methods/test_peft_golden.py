@@ -86,7 +86,9 @@ def finish(t, y, pairs, inputs, close, grad_close):
 
 
 def parallel_adapter(site, peft, pairs, dtype):
-    method = Adapter(site, Adapter.Options(kind="parallel", hidden=peft["dim_adaptf"], scale=peft["s_adaptf"]), 2).to(dtype)
+    method = Adapter(site, Adapter.Options(kind="parallel", hidden=peft["dim_adaptf"], scale=peft["s_adaptf"]), 2).to(
+        dtype
+    )
     for part in ("down", "up"):
         pairs.hold(getattr(method.parts["mixer_0"], part).weight, f"adaptf.adapter_{part}.weight")
     return [method]
@@ -120,7 +122,12 @@ def additional_scan(site, peft, pairs, dtype):
 
 
 def dora(site, peft, pairs, dtype):
-    sizes = {"X": ("dim_X", "s_X"), "x_proj": ("dim_x_proj", "s_x_proj"), "dt": ("dim_dt", "s_dt"), "out_proj": ("dim", "s")}
+    sizes = {
+        "X": ("dim_X", "s_X"),
+        "x_proj": ("dim_x_proj", "s_x_proj"),
+        "dt": ("dim_dt", "s_dt"),
+        "out_proj": ("dim", "s"),
+    }
     parts = []
     for target, (dim, scale) in sizes.items():
         if f"lora_{target}" in peft:
@@ -199,7 +206,9 @@ def affix_of(net, config, pairs, dtype, x_only):
         columns = columns if x_only else torch.arange(start, start + 4 * e)
         if projection:
             for part in ("weight", "bias"):
-                pairs.hold(getattr(method.generator.outer[i], part), f"prefix_encoder.transform.2.{part}", theirs=columns)
+                pairs.hold(
+                    getattr(method.generator.outer[i], part), f"prefix_encoder.transform.2.{part}", theirs=columns
+                )
                 z = pairs.grads[f"prefix_encoder.transform.2.{part}"][start + e : start + 2 * e]
                 assert not z.any()
         else:
@@ -222,7 +231,8 @@ def partial_of(net, parts, pairs, dtype):
 def lora_of(net, target, rank, scale, pairs, dtype):
     method = Lora(net.site(), Lora.Options(rank=rank, scale=scale, targets=(target,)), 2).to(dtype)
     names = [
-        f"{name[: name.index('mixer.') + 6]}lora_{target}{'_b' * layer.endswith('_b')}" for name, _, layer in method.slices
+        f"{name[: name.index('mixer.') + 6]}lora_{target}{'_b' * layer.endswith('_b')}"
+        for name, _, layer in method.slices
     ]
     pairs.lora(method, *names)
     return method
@@ -238,7 +248,9 @@ def hybrid(net, config, pairs, dtype):
 
 def patch_embed(net, config, pairs, dtype):
     peft = config["peft"]
-    method = Lora(net.site(), Lora.Options(rank=peft["dim_patch_embed"], scale=peft["s_patch_embed"], targets=("embed",)), 2)
+    method = Lora(
+        net.site(), Lora.Options(rank=peft["dim_patch_embed"], scale=peft["s_patch_embed"], targets=("embed",)), 2
+    )
     pairs.lora(method.to(dtype), "patch_embed.lora_patch_embed")
     return [method]
 
@@ -320,7 +332,9 @@ def test_past_of_the_convolution(precision):
     dtype, kernel, close, grad_close = precision
     _, t = golden("peft", "conv_init_state")
     pairs = Pairs(t)
-    method = InitialState(site_alone({}, e=10, n=4, k=1, taps=4), InitialState.Options(state=False, conv=True), 2).to(dtype)
+    method = InitialState(site_alone({}, e=10, n=4, k=1, taps=4), InitialState.Options(state=False, conv=True), 2).to(
+        dtype
+    )
     pairs.hold(method.past[0], "ssmpeft_conv_state.default")
     weight, bias = (pairs.values[f"base_layer.{part}"].to(dtype).requires_grad_() for part in ("weight", "bias"))
     pairs.hold(weight, "base_layer.weight")
@@ -345,7 +359,9 @@ def test_sdt_chooses_and_scatters_as_published():
     assert torch.equal(method.weights(weights)["layers.0.mixer.A_log"], A_log + t["warmup"].T)
     method.choose()
     assert torch.equal(method.mask(0), t["mask.A"].bool())
-    assert torch.equal(method.mask(0).any(0).expand(4, -1), t["mask.B"].bool()) and torch.equal(t["mask.B"], t["mask.C"])
+    assert torch.equal(method.mask(0).any(0).expand(4, -1), t["mask.B"].bool()) and torch.equal(
+        t["mask.B"], t["mask.C"]
+    )
     for part in "ABC":
         pairs.hold(getattr(method, part)[0], f"adapter_{part}")
     x = t["in.x"].requires_grad_()
@@ -388,7 +404,9 @@ def test_adaptformer(case):
     config, t = golden("peft", case)
     pairs, has_norm = Pairs(t), config["layernorm"] == "in"
     options = Adapter.Options(
-        hidden=config["bottleneck"], layernorm=config["layernorm"], scale="learned" if has_norm else float(config["scalar"])
+        hidden=config["bottleneck"],
+        layernorm=config["layernorm"],
+        scale="learned" if has_norm else float(config["scalar"]),
     )
     method = Adapter(site_alone({}, kinds=("attn", "mlp")), options, 2).double()
     part = method.parts["mlp_0"]
@@ -410,7 +428,12 @@ def test_repadapter_beside_and_inside_the_layer():
     options = RepAdapter.Options(rank=config["hidden"], groups=config["groups"], scale=config["scale"], where="attn")
     method = RepAdapter(site_alone(weights, kinds=("attn", "mlp")), options, 2).double()
     part = method.parts["attn_0"]
-    for ours, name in ((part.down.weight, "A.weight"), (part.down.bias, "A.bias"), (part.up, "B.weight"), (part.bias, "B.bias")):
+    for ours, name in (
+        (part.down.weight, "A.weight"),
+        (part.down.bias, "A.bias"),
+        (part.up, "B.weight"),
+        (part.bias, "B.bias"),
+    ):
         pairs.hold(ours, f"adapter.conv_{name}")
     merged = method.weights(weights)
     assert_close(merged["blocks.0.attn.qkv.weight"], t["merged.weight"], "weight")

@@ -128,7 +128,8 @@ class Vim(Backbone):
         return tokens._replace(x=self.last_norm(tokens.stream, w), residual=None)
 
     def last_norm(self, x: Tensor, w: Weights) -> Tensor:
-        return rms_norm(x, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
+        normed = rms_norm(x, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
+        return normed + w["norm_f.bias"] if "norm_f.bias" in w else normed
 
     @property
     def cls_positions(self) -> tuple[int, ...]:

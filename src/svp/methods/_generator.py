@@ -15,7 +15,9 @@ class Generator(nn.Module):
     Source: arXiv 2101.00190 (its reparametrisation); repository sony/MambaPEFT, PrefixEncoder.
     """
 
-    def __init__(self, n: int, widths: Sequence[int], *, projection: bool = False, width: int = 0, hidden: int | None = None):
+    def __init__(
+        self, n: int, widths: Sequence[int], *, projection: bool = False, width: int = 0, hidden: int | None = None
+    ):
         super().__init__()
         self.projection = projection
         if projection:

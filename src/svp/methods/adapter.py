@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svp.methods._layers import is_vit
 from svp.methods.base import Method
 from svp.options import option
 
@@ -61,6 +62,10 @@ class Adapter(Method):
             return 'layernorm belongs to kind "adaptformer"'
         return None
 
+    @classmethod
+    def label(cls, site, opt):
+        return None if is_vit(site) or opt.kind == "parallel" else "adapter_vim"
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         self.parts = nn.ModuleDict()
@@ -69,6 +74,8 @@ class Adapter(Method):
             d_in, bias = (block.e, False) if opt.kind == "parallel" else (block.width, opt.bias)
             for kind in where:
                 self.parts[f"{kind}_{i}"] = Bottleneck(d_in, block.width, opt, bias)
+        # of the last block only class tokens are read: few enough for relu to be zero on all of two pictures
+        self.known_inert = tuple(f"parts.*_{len(site.blocks) - 1}.{name}" for name in ("down.*", "up.weight", "norm.*"))
 
     def acts(self, seam):
         return seam == ("beside" if self.opt.kind == "parallel" else "branch")

@@ -67,8 +67,8 @@ class Affix(Method):
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         self.is_inner, count = opt.type.startswith("inner"), 2 if "dual" in opt.type else 1
-        self.count = count  # kinds of tokens
-        widths = [count * (block.e * (1 if opt.x_only else 2) if self.is_inner else block.width) for block in site.blocks]
+        self.count, halves = count, 1 if opt.x_only else 2  # kinds of tokens; x, or x and z
+        widths = [count * (halves * block.e if self.is_inner else block.width) for block in site.blocks]
         width = 2 * site.blocks[0].e if self.is_inner else site.blocks[0].width
         self.generator = Generator(opt.n, widths, projection=opt.projection, width=width, hidden=opt.hidden)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp.methods._layers import UNKNOWN, layers
+from svp.methods._layers import UNKNOWN, is_vit, layers
 from svp.methods.base import Method
 from svp.options import option
 
@@ -48,6 +48,10 @@ class FacT(Method):
                 return f"{name} {shape} cannot be cut into blocks of {d} x {d}"
         return None
 
+    @classmethod
+    def label(cls, site, opt):
+        return None if is_vit(site) else "fact_vim"
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         d, r = site.blocks[0].width, opt.rank
@@ -79,4 +83,5 @@ class FacT(Method):
 def projections(site) -> list[str]:
     """Published names of the weights that are changed."""
     wanted = ("in_proj", "out_proj", "qkv", "proj", "fc1", "fc2")
-    return [f"{name}.weight" for i in range(len(site.blocks)) for layer, name in layers(site, i).items() if layer in wanted]
+    found = [(layer, name) for i in range(len(site.blocks)) for layer, name in layers(site, i).items()]
+    return [f"{name}.weight" for layer, name in found if layer in wanted]

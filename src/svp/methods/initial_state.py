@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from svp.methods._layers import same_states
 from svp.methods.base import Method
 from svp.options import option
 from svp.seams import Scan
@@ -15,8 +16,9 @@ from svp.seams import Scan
 class InitialState(Method):
     """h_0 (e, n) for each direction of each block, and with `conv` the inputs of the convolution before the first token.
 
-    Both start at zero: the frozen network. The effect of h_0 decays along the sequence with exp(sum delta A).
-    Source: arXiv 2410.09016 and 2503.03499; repository furiosa-ai/ssm-peft, SelectiveScanWithInitState. Both directions: ours.
+    Both start at zero: the frozen network. The effect of h_0 decays along the sequence with exp(sum delta A). Neither is
+    decayed, as published. Published on language models; on Vim adapted: one for each direction (ours). A ViT has no state.
+    Source: arXiv 2410.09016 and 2503.03499; repository furiosa-ai/ssm-peft, SelectiveScanWithInitState.
     """
 
     @dataclass(frozen=True)
@@ -34,12 +36,18 @@ class InitialState(Method):
             return "it sets the state of a scan, which this network does not have"
         return None if opt.state or opt.conv else "neither state nor conv is to be trained"
 
+    @classmethod
+    def label(cls, site, opt):
+        return "initial_state_vim"
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         self.h0 = nn.ParameterList(torch.zeros(1, b.k, b.e, b.n) for b in site.blocks if opt.state)
         self.past = nn.ParameterList(torch.zeros(1, b.k, b.e, b.taps - 1) for b in site.blocks if opt.conv)
 
     def memory(self, i, w):
+        if self.opt.state:
+            same_states(self.h0[i].shape[-1], w, "initial_state")
         return Scan(h0=self.h0[i] if self.opt.state else None, past=self.past[i] if self.opt.conv else None)
 
     def groups(self):

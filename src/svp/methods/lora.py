@@ -70,7 +70,9 @@ class Lora(Method):
         for target in opt.targets:
             if target not in known:
                 close = nearest(target, known)
-                return f"target '{target}' is none of {', '.join(known)}" + (f"; did you mean {close[0]}?" if close else "")
+                return f"target '{target}' is none of {', '.join(known)}" + (
+                    f"; did you mean {close[0]}?" if close else ""
+                )
             if opt.targets.count(target) > 1:
                 return f"target '{target}' stands twice"
         if not opt.targets:
@@ -152,7 +154,7 @@ class _Branch:
         self.method, self.slices = method, slices
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.stack([self.term(x, j) for j in self.slices]).sum(0) if self.slices[1:] else self.term(x, self.slices[0])
+        return sum((self.term(x, j) for j in self.slices[1:]), self.term(x, self.slices[0]))
 
     def term(self, x: Tensor, j: int) -> Tensor:
         m, (_, rows, layer) = self.method, self.method.slices[j]

@@ -23,6 +23,8 @@ class Partial(Method):
     """w' = w + o, o zero at the start, so that weight decay pulls towards the pre-trained value.
 
     A: A = -exp(A_log + o) · D · conv1d: the taps · bias: that of delta · conv1d_bias (ours) · cls · pos
+    The weight decay of A, D and conv1d is 10 times the recipe's, of bias 100 times, as published. Vim: direct. A ViT has
+    cls and pos only (adapted).
     Source: arXiv 2411.03855, repository sony/MambaPEFT (the `_v2` flags).
     """
 
@@ -31,7 +33,9 @@ class Partial(Method):
         parts: tuple[str, ...] = option(("conv1d",), "which tensors: " + ", ".join(PARTS))
 
     paper = "arXiv 2411.03855 (ICLR 2025)"
-    params_formula = "A: 2 depth e n · D, bias, conv1d_bias: 2 depth e · conv1d: 2 depth e taps · cls: d · pos: (patches + 1) d"
+    params_formula = (
+        "A: 2 depth e n · D, bias, conv1d_bias: 2 depth e · conv1d: 2 depth e taps · cls: d · pos: (patches + 1) d"
+    )
     default_lr = 3e-3
 
     @classmethod

@@ -40,6 +40,10 @@ class PromptTuning(Method):
             return f'attention knows no order of tokens: type "{opt.type}" means the same as "prefix"'
         return None if opt.projection or opt.hidden is None else "hidden belongs to projection=true"
 
+    @classmethod
+    def label(cls, site, opt):
+        return "prompt_tuning_vit" if is_vit(site) else None
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         d = site.blocks[0].width

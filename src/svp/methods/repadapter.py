@@ -33,7 +33,9 @@ class RepAdapter(Method):
 
     PRESETS = {"published": dict(dropout=0.1)}
     paper = "arXiv 2302.08106"
-    params_formula = "one place: d rank + rank + d rank / groups + d; places: ViT 2 depth (where=attn: depth), Vim depth"
+    params_formula = (
+        "one place: d rank + rank + d rank / groups + d; places: ViT 2 depth (where=attn: depth), Vim depth"
+    )
     default_lr = 3e-3
 
     @classmethod
@@ -43,7 +45,13 @@ class RepAdapter(Method):
             return UNKNOWN
         if d % opt.groups or opt.rank % opt.groups:
             return f"{opt.groups} groups do not divide both the width {d} and the rank {opt.rank}"
-        return "where belongs to a ViT: a Mamba block has one place" if opt.where != "both" and not is_vit(site) else None
+        if opt.where != "both" and not is_vit(site):
+            return "where belongs to a ViT: a Mamba block has one place"
+        return None
+
+    @classmethod
+    def label(cls, site, opt):
+        return None if is_vit(site) else "repadapter_vim"
 
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)

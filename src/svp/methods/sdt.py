@@ -44,6 +44,10 @@ class SDT(Method):
                 return "it tunes the scans of Vim with weights of their own in each direction"
         return None
 
+    @classmethod
+    def label(cls, site, opt):
+        return "sdt_vim"
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         self.places = [(*pair, block.n) for i, block in enumerate(site.blocks) for pair in places(i, block)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from svp.methods._layers import UNKNOWN, layers
+from svp.methods._layers import UNKNOWN, is_vit, layers
 from svp.methods.base import Method
 from svp.options import option
 
@@ -37,14 +37,18 @@ class SSF(Method):
     def unfit(cls, site, opt):
         return None if layers(site, 0) else UNKNOWN
 
+    @classmethod
+    def label(cls, site, opt):
+        return None if is_vit(site) else "ssf_vim"
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         inside = [
             name for i in range(len(site.blocks)) for layer, name in layers(site, i).items()
             if opt.scan or not layer.startswith(("x_proj", "dt_proj"))
         ]  # fmt: skip
-        outside = [name for name in ("patch_embed.proj", "norm", "fc_norm", "norm_f") if f"{name}.weight" in site.weights]
-        self.names = inside + outside
+        outside = ("patch_embed.proj", "norm", "fc_norm", "norm_f")
+        self.names = inside + [name for name in outside if f"{name}.weight" in site.weights]
         self.has_bias = [f"{name}.bias" in site.weights or f"{name}.bias" in site.slots for name in self.names]
         widths = [site.weights[f"{name}.weight"].shape[0] for name in self.names]
         self.gamma = nn.ParameterList(1 + opt.init_std * torch.randn(width) for width in widths)

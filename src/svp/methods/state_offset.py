@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from svp.methods._layers import same_states
 from svp.methods.base import Method
 from svp.options import option
 from svp.seams import Scan
@@ -19,7 +20,9 @@ class StateOffset(Method):
 
     Both act before the gate, for each direction of each block, and start at zero. rank factors H = up @ down, with
     up (e / ratio, rank) at zero and down (rank, n ratio) uniform as a linear layer.
-    Source: arXiv 2503.03499; repository furiosa-ai/ssm-peft, state_offset_tuning.py. Its place in both directions of Vim is ours.
+    A published random start (0.1 randn) and dropout of the factored offset's columns are left out. Published on language
+    models; on Vim adapted: an offset for each direction (ours). A ViT has no state.
+    Source: arXiv 2503.03499; repository furiosa-ai/ssm-peft, state_offset_tuning.py.
     """
 
     @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class StateOffset(Method):
             return f"ratio {opt.ratio} does not divide the inner width {site.blocks[0].e}"
         return None
 
+    @classmethod
+    def label(cls, site, opt):
+        return "state_offset_vim"
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         blocks, rank, ratio = site.blocks, opt.rank, opt.ratio
@@ -53,13 +60,15 @@ class StateOffset(Method):
         else:
             bounds = [1 / math.sqrt(b.n * ratio) for b in blocks]
             self.down = nn.ParameterList(
-                torch.empty(b.k, rank, b.n * ratio).uniform_(-bound, bound) for b, bound in zip(blocks, bounds, strict=True)
+                torch.empty(b.k, rank, b.n * ratio).uniform_(-bound, bound)
+                for b, bound in zip(blocks, bounds, strict=True)
             )
             self.up = nn.ParameterList(torch.zeros(b.k, b.e // ratio, rank) for b in blocks)
 
     def memory(self, i, w):
         if self.opt.kind == "y":
             return Scan(bias=self.offset[i])
+        same_states(self.sizes[i][1], w, "state_offset")
         return Scan(offset=self.offset[i] if self.opt.rank is None else self.factored(i))
 
     def factored(self, i: int) -> Tensor:
