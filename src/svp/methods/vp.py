@@ -66,8 +66,7 @@ class VP(Method):
         """(1, 3, H, W): the pixels in their place, zeros elsewhere."""
         h, w = self.side
         if self.opt.kind == "padding":
-            middle = torch.cat([self.left, self.left.new_zeros(1, 3, h - 2 * self.q, w - 2 * self.q), self.right], dim=3)
-            return torch.cat([self.up, middle, self.down], dim=2)
+            return framed(self.up, self.down, self.left, self.right)
         row, column = place or self.place()
         return nn.functional.pad(self.patch, (column, w - column - self.q, row, h - row - self.q))
 
@@ -81,6 +80,12 @@ class VP(Method):
         ends = [r if self.opt.patch_range == "published" else r + 1 for r in room]
         row, column = (int(torch.randint(max(end, 1), ())) for end in ends)
         return row, column
+
+
+def framed(up: Tensor, down: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """(m, 3, q, W) twice and (m, 3, H - 2 q, q) twice -> (m, 3, H, W) with zeros inside."""
+    inside = left.new_zeros(*left.shape[:3], up.shape[3] - 2 * left.shape[3])
+    return torch.cat([up, torch.cat([left, inside, right], dim=3), down], dim=2)
 
 
 def size_of(site, opt) -> int:

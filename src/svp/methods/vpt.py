@@ -65,10 +65,14 @@ class VPT(Method):
     def block(self, tokens, i, run):
         if i > 0 and not self.opt.deep:
             return run(tokens)
-        prompt = self.drop(self.proj(self.prompts[i]).expand(len(tokens.x), -1, -1))  # (b, T, d)
+        prompt = self.prompt(tokens, i)  # (b, T, d)
         if i == 0:
             return run(tokens.insert(prompt, self.before(tokens)))
         return run(replaced(tokens, prompt, self.opt.vim_deep))
+
+    def prompt(self, tokens, i: int) -> Tensor:
+        """(b, T, d) what stands in the prompts' places when block i begins."""
+        return self.drop(self.proj(self.prompts[i]).expand(len(tokens.x), -1, -1))
 
     def before(self, tokens) -> list[int]:
         """The positions of today's sequence that prompts are inserted in front of."""
