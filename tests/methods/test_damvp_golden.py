@@ -52,7 +52,11 @@ def test_published_meta_step():
     config, t = golden("prompts", "damvp_reptile")
     for part in FRAME:
         fast = [t[f"fast.{task}.{c}.pad_{part}"] for task, count in enumerate(config["clusters"]) for c in range(count)]
-        assert_close(meta_step(t[f"before.pad_{part}"], torch.stack(fast), config["meta_step_size"]), t[f"after.pad_{part}"], part)
+        assert_close(
+            meta_step(t[f"before.pad_{part}"], torch.stack(fast), config["meta_step_size"]),
+            t[f"after.pad_{part}"],
+            part,
+        )
 
 
 def test_the_rule_allows_few_clusters_and_a_number_is_kept():
@@ -69,7 +73,9 @@ def test_a_saved_frame(tmp_path):
     _, t = golden("prompts", "damvp_reptile")
     shapes = {part: t[f"before.pad_{part}"].shape[1:] for part in FRAME}
     save_file(starting(t, "before."), tmp_path / "published.safetensors")
-    save_file({f"method.{part}": torch.cat([t[f"before.pad_{part}"]] * 2) for part in FRAME}, tmp_path / "ours.safetensors")
+    save_file(
+        {f"method.{part}": torch.cat([t[f"before.pad_{part}"]] * 2) for part in FRAME}, tmp_path / "ours.safetensors"
+    )
     for name in ("published", "ours"):
         for part, found in frame_in(str(tmp_path / f"{name}.safetensors"), shapes).items():
             assert_close(found, t[f"before.pad_{part}"], part)

@@ -41,7 +41,11 @@ def test_published_vit(case):
     loss.backward()
     assert_close(loss, t["loss"].squeeze(), "loss")
     assert_close(x.grad, t["grad_x"], "dx")
-    assert_close(method.prompts.grad, torch.cat([t[f"grad.{k}"].reshape(-1, *t[f"grad.{k}"].shape[-2:]) for k in PROMPTS]), "dprompts")
+    assert_close(
+        method.prompts.grad,
+        torch.cat([t[f"grad.{k}"].reshape(-1, *t[f"grad.{k}"].shape[-2:]) for k in PROMPTS]),
+        "dprompts",
+    )
     for name, suffix in tables.items():
         want = torch.stack([t[f"grad.{KV.format(i, suffix)}"] for i in range(depth)])
         assert_close(getattr(method, name).grad, want, f"d{name}")

@@ -10,7 +10,9 @@ from svp.seams import BlockSite, Site
 
 def picture():
     i, j = torch.arange(224.0, dtype=torch.float64)[:, None], torch.arange(224.0, dtype=torch.float64)[None]
-    channels = [torch.sin(0.11 * (c + 1) * i + 0.07 * j) + 0.3 * torch.cos(0.5 * i - 0.23 * (c + 1) * j) for c in range(3)]
+    channels = [
+        torch.sin(0.11 * (c + 1) * i + 0.07 * j) + 0.3 * torch.cos(0.5 * i - 0.23 * (c + 1) * j) for c in range(3)
+    ]
     return torch.stack(channels)[None]
 
 
@@ -25,7 +27,9 @@ def test_published_picture_prompter():
     method = method_of(hidden=config["hid"], hidden_global=config["hid2"], kernels=tuple(config["k"]))
     for ours, name in (("local", "meta_net"), ("broad", "meta_net_2")):
         getattr(method, ours).load_state_dict(starting(t, f"param.{name}."))
-    assert_close(simam(picture())[:, :, ::7, ::7], t["simam_strided"], "simam")  # stored beside the prompts, not before them
+    assert_close(
+        simam(picture())[:, :, ::7, ::7], t["simam_strided"], "simam"
+    )  # stored beside the prompts, not before them
     x = picture()
     prompt = method.picture_prompt(x)
     assert_close(prompt.sum(), t["prompt_sum"].squeeze(), "sum", 1e-9)

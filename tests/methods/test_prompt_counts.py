@@ -68,6 +68,11 @@ def test_numbers_of_a_frame_that_act(place):
 
 def test_labels_of_adapted_forms(place):
     column, site = place
-    for name, label in (("e2vpt", "e2vpt_in" if column == 0 else None), ("insvp", None), ("spt", None), ("damvp", None)):
+    for name, label in (
+        ("e2vpt", "e2vpt_in" if column == 0 else None),
+        ("insvp", None),
+        ("spt", None),
+        ("damvp", None),
+    ):
         cls = method_class(name)
         assert cls.label(site, cls.Options()) == label

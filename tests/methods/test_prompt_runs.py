@@ -49,7 +49,9 @@ def vim():
 def vit(depth=6):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = Vit("vit", embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2, patch_size=8, img_size=16, num_classes=9).eval()
+        net = Vit(
+            "vit", embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2, patch_size=8, img_size=16, num_classes=9
+        ).eval()
     net.name, net.overrides = "vit_nano", {}
     return net
 
@@ -58,10 +60,14 @@ BACKBONES = {"vim": vim, "vit": vit}
 
 
 def cases():
-    return [("vit", m, o) for m, o in [*METHODS.items(), *MORE]] + [("vim", m, o) for m, o in METHODS.items() if m != "sa2vp"]
+    return [("vit", m, o) for m, o in [*METHODS.items(), *MORE]] + [
+        ("vim", m, o) for m, o in METHODS.items() if m != "sa2vp"
+    ]
 
 
-@pytest.mark.parametrize("backbone,method,options", cases(), ids=lambda x: x if isinstance(x, str) else ",".join(map(str, x.values())))
+@pytest.mark.parametrize(
+    "backbone,method,options", cases(), ids=lambda x: x if isinstance(x, str) else ",".join(map(str, x.values()))
+)
 def test_trains_and_comes_back(backbone, method, options, tmp_path):
     net = BACKBONES[backbone]()
     before = {name: t.clone() for name, t in net.state_dict().items()}
@@ -110,7 +116,9 @@ def test_a_killed_run_ends_in_the_same_numbers(method, step, tmp_path, monkeypat
 
 
 def test_pruning_masks_its_shares_and_rewinds(tmp_path):
-    model = adapt(vit(), "e2vpt", num_classes=3, num_tokens=4, kv_tokens=2, pieces=8, prune_tokens=0.5, prune_pieces=0.3)
+    model = adapt(
+        vit(), "e2vpt", num_classes=3, num_tokens=4, kv_tokens=2, pieces=8, prune_tokens=0.5, prune_pieces=0.3
+    )
     start = {name: t.clone() for name, t in model.state_dict().items()}
     method, seen = model.method, []
     prune = method.prune
@@ -123,7 +131,9 @@ def test_pruning_masks_its_shares_and_rewinds(tmp_path):
     method.prune = watched
     fit(model, splits(train=16, val=6, test=6), recipe=RECIPE)
     trained, rewound = seen[0]
-    assert not torch.equal(trained, start["method.prompts"]) and torch.equal(rewound["method.prompts"], start["method.prompts"])
+    assert not torch.equal(trained, start["method.prompts"]) and torch.equal(
+        rewound["method.prompts"], start["method.prompts"]
+    )
     assert torch.equal(rewound["head.weight"], start["head.weight"])
     assert (method.token_mask == 0).sum() == 2 and ((method.piece_mask == 0).sum(1) == 2).all()
     assert not method.token_mask.requires_grad and not method.opt.masks_train

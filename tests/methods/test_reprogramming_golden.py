@@ -13,7 +13,9 @@ from svp.seams import BlockSite, Site
 
 
 def site_of(side, source=None):
-    return Site("any", (BlockSite(4),), {}, frozenset(), (side, side), 4, (5, 5), (0,), 4, IMAGENET_MEAN, IMAGENET_STD, source)
+    return Site(
+        "any", (BlockSite(4),), {}, frozenset(), (side, side), 4, (5, 5), (0,), 4, IMAGENET_MEAN, IMAGENET_STD, source
+    )
 
 
 def exact(method):
@@ -28,7 +30,9 @@ def through(method, x):
     return method.network(x, lambda images: (images, None))
 
 
-@pytest.mark.parametrize("case", ["autovp_input_padding", *(f"autovp_trainable_resize_{s}" for s in ("0.63", "1.0", "1.07", "1.7"))])
+@pytest.mark.parametrize(
+    "case", ["autovp_input_padding", *(f"autovp_trainable_resize_{s}" for s in ("0.63", "1.0", "1.07", "1.7"))]
+)
 def test_published_autovp_input(case):
     config, t = golden("prompts", case)
     learnable = "scale" in config
@@ -121,7 +125,11 @@ def test_published_fully_map():
     logits = t["logits"].requires_grad_()
     out = head(logits)
     assert_close(out, t["fc.out"], "out")
-    loss = (out * out).sum() if abs((out * out).sum().item() - t["fc.loss"].item()) < 1e-6 else nn.functional.cross_entropy(out, t["labels"])
+    loss = (
+        (out * out).sum()
+        if abs((out * out).sum().item() - t["fc.loss"].item()) < 1e-6
+        else nn.functional.cross_entropy(out, t["labels"])
+    )
     assert_close(loss, t["fc.loss"].squeeze(), "loss")
     loss.backward()
     assert_close(logits.grad, t["fc.grad_logits"], "dlogits")

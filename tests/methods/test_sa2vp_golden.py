@@ -31,7 +31,15 @@ OURS = {"ffn_norm": "norm", "ffn.fc1": "down", "ffn.fc2": "up"}
 
 
 def frozen_vit(config, params):
-    net = Vit("vit", embed_dim=config["d"], depth=config["layers"], num_heads=config["heads"], mlp_ratio=2, patch_size=1, img_size=14)
+    net = Vit(
+        "vit",
+        embed_dim=config["d"],
+        depth=config["layers"],
+        num_heads=config["heads"],
+        mlp_ratio=2,
+        patch_size=1,
+        img_size=14,
+    )
     net = net.double().eval()
     state = {"norm." + leaf: params[f"encoder_norm.{leaf}"] for leaf in ("weight", "bias")}
     for i in range(config["layers"]):
@@ -39,7 +47,9 @@ def frozen_vit(config, params):
             for leaf in ("weight", "bias"):
                 state[f"blocks.{i}.{ours}.{leaf}"] = params[f"layer.{i}.{name}.{leaf}"]
         for leaf in ("weight", "bias"):
-            state[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat([params[f"layer.{i}.attn.{n}.{leaf}"] for n in ("query", "key", "value")])
+            state[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(
+                [params[f"layer.{i}.attn.{n}.{leaf}"] for n in ("query", "key", "value")]
+            )
     assert not net.load_state_dict(state, strict=False).unexpected_keys
     return net
 
@@ -108,4 +118,6 @@ def test_the_second_loss_and_its_absence():
     assert torch.allclose(loss, 0.75 * criterion(seen[0], target) + 0.25 * criterion(seen[1], target))
     assert model.method.seconds is None
     published = adapt(net, "sa2vp", num_classes=3, dropout=0.0, hidden=2, preset="published").train()
-    assert not torch.equal(published(images), published(images)) and torch.equal(published.eval()(images), published(images))
+    assert not torch.equal(published(images), published(images)) and torch.equal(
+        published.eval()(images), published(images)
+    )

@@ -53,7 +53,11 @@ def test_rows_are_where_they_were_drawn_from():
     blocks = (BlockSite(6, kinds=("attn", "mlp"), heads=1),) * 4
     weights = {"patch_embed.proj.weight": torch.eye(6, dtype=torch.float64)[:, :, None, None]}
     site = Site("told", blocks, weights, frozenset(), (4, 4), 1, (4, 4), (0,), 6, (0,) * 3, (1,) * 3)
-    for kind, pool in (("random", lambda x: x), ("mean", lambda x: pooled(x, 6, "mean")), ("max", lambda x: pooled(x, 6, "max"))):
+    for kind, pool in (
+        ("random", lambda x: x),
+        ("mean", lambda x: pooled(x, 6, "mean")),
+        ("max", lambda x: pooled(x, 6, "max")),
+    ):
         method = SPT(site, SPT.Options(num_tokens=6, prototypes=kind, pick="random", replacement=True), 2).double()
         method.begin(Told(t, 4, site))
         for i in range(4):

@@ -16,6 +16,13 @@ def inner_side(site) -> int:
     return max(1, round(128 * site.img_size[0] / 224))
 
 
+def fitted(images: Tensor, size: int) -> Tensor:
+    """Pictures of another size than (b, 3, size, size), resized to it as the released codes do: bilinear, antialiased."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
 def padded(images: Tensor, side: int) -> Tensor:
     """(b, 3, s, s) -> (b, 3, side, side): zeros around; an odd pixel goes to the left and the top."""
     room = side - images.shape[-1]
@@ -32,6 +39,9 @@ def frame_mask(side: int, inner: Tensor | int, first: Tensor | int, like: Tensor
 
 class Normalise(nn.Module):
     """Raw pixels in 0…1 -> what the frozen network was trained on."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, site):
         super().__init__()

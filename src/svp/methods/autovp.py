@@ -16,6 +16,7 @@ from svp.methods._reprogram import (
     Normalise,
     SourceHead,
     by_meaning,
+    fitted,
     frame_mask,
     inner_side,
     no_source_classes,
@@ -39,7 +40,7 @@ class AutoVP(Method):
               `source` (S, e) and `target` (C, e); each class reads the mean of `num_map` source logits
     The search over these options that gives the method its name is a study over runs. The released code trains with
     automatic precision and no loss scaling, and selects on test; neither is a matter of the method.
-    Away from 224 pixels, 128 becomes round(128 side / 224): ours.
+    Pictures that come at another size are resized first. Away from 224 pixels, 128 becomes round(128 side / 224): ours.
     Source: arXiv 2310.08381; repository IBM/AutoVP, auto_vp/programs.py.
     """
 
@@ -51,7 +52,9 @@ class AutoVP(Method):
         num_map: int = option(1, "source classes of each class, in maps", low=1)
         interval: int = option(1, "iter: epochs between two maps", low=1)
         embeddings: str | None = option(None, "semantic: a .safetensors file with `source` and `target`")
-        frame: Literal["aligned", "published"] = option("aligned", "where the hole of the frame begins if the room is odd")
+        frame: Literal["aligned", "published"] = option(
+            "aligned", "where the hole of the frame begins if the room is odd"
+        )
 
     PRESETS = {"published": dict(frame="published")}
     paper = "arXiv 2310.08381 (ICLR 2024)"
@@ -68,7 +71,9 @@ class AutoVP(Method):
         if int(inner_side(site) * opt.scale) < 1:
             return f"scale {opt.scale:g} leaves nothing of pictures of {inner_side(site)} pixels"
         if opt.mapping == "semantic" and opt.embeddings is None:
-            return 'mapping "semantic" needs embeddings of the class names: a file with the tensors `source` and `target`'
+            return (
+                'mapping "semantic" needs embeddings of the class names: a file with the tensors `source` and `target`'
+            )
         return no_source_classes(site)
 
     def __init__(self, site, opt, num_classes):
@@ -80,7 +85,7 @@ class AutoVP(Method):
         self.normalise = Normalise(site)
 
     def preprocessing(self, p):
-        size = self.base if self.opt.learnable else int(self.base * self.opt.scale)
+        size = self.given()
         return p.but(crop=(size, size), exact=True, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     def make_head(self, site, num_classes):
@@ -101,12 +106,16 @@ class AutoVP(Method):
 
     def resized(self, images: Tensor) -> Tensor:
         """The picture in its place and size, zeros around."""
-        images = padded(images, self.side)
+        images = padded(fitted(images, self.given()), self.side)
         if not self.opt.learnable:
             return images
         at = torch.linspace(-1, 1, self.side, device=images.device, dtype=images.dtype) / self.scale.to(images.dtype)
         grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1).expand(len(images), -1, -1, -1)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+    def given(self) -> int:
+        """Pixels of a picture as `preprocessing` makes it."""
+        return self.base if self.opt.learnable else int(self.base * self.opt.scale)
 
     def mask(self) -> Tensor:
         """(side, side): 1 where delta acts."""
@@ -141,7 +150,8 @@ def embeddings_in(path: str | os.PathLike, source: int, target: int) -> tuple[Te
         found = load_file(path)
         a, b = found["source"], found["target"]
     except (OSError, SafetensorError, KeyError) as err:
-        raise SvpError(f"{path} gives no embeddings: {err}", "a .safetensors file with `source` and `target`", "artefact") from err
+        hint = "a .safetensors file with the tensors `source` and `target`"
+        raise SvpError(f"{path} gives no embeddings: {err}", hint, "artefact") from err
     if len(a) != source or len(b) != target or a.shape[1:] != b.shape[1:]:
         raise SvpError(
             f"{path} embeds {len(a)} source and {len(b)} of our classes, expected {source} and {target} of one width",

@@ -39,7 +39,9 @@ class DAMVP(Method):
         sample: int = option(1000, "training pictures that are clustered", low=2)
         size: int | None = option(None, "width of the frame in pixels; none: round(30 side / 224)", low=1)
         head: Literal["new", "features"] = option("new", "a trained head, or chosen features as logits")
-        head_lr: float | None = option(None, "the head's own learning rate, without weight decay; none: as all", above=0.0)
+        head_lr: float | None = option(
+            None, "the head's own learning rate, without weight decay; none: as all", above=0.0
+        )
         meta: str | None = option(None, "a .safetensors file with the frame to start from, of vp or damvp")
 
     PRESETS = {"head_free": dict(head="features"), "paper": dict(head_lr=0.1)}
@@ -51,6 +53,8 @@ class DAMVP(Method):
     def unfit(cls, site, opt):
         q, side = size_of(site, opt), min(site.img_size)
         return f"size {q} leaves nothing of pictures of {side} pixels" if 2 * q >= side else None
+
+    prototypes: Tensor
 
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
@@ -112,6 +116,8 @@ class DAMVP(Method):
 class ChosenFeatures(nn.Module):
     """feature (b, d) -> logits (b, C): C of its entries, in ascending order of their place."""
 
+    index: Tensor
+
     def __init__(self, d: int, num_classes: int):
         super().__init__()
         if num_classes > d:
@@ -120,7 +126,7 @@ class ChosenFeatures(nn.Module):
 
     def choose(self, order: Tensor) -> None:
         """Keep the first of all places in this order."""
-        self.index.copy_(order[: len(self.index)].sort().values)  # type: ignore[arg-type, operator]
+        self.index.copy_(order[: len(self.index)].sort().values)
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, self.index]
@@ -131,12 +137,14 @@ def partition(rows: Tensor, opt) -> tuple[Tensor, float | None]:
     from sklearn.cluster import AgglomerativeClustering
 
     def fitted(clusters=None, threshold=None):
-        return AgglomerativeClustering(clusters, linkage="average", metric="euclidean", distance_threshold=threshold).fit(rows.numpy())
+        return AgglomerativeClustering(clusters, linkage="average", distance_threshold=threshold).fit(rows.numpy())
 
     threshold = opt.threshold
     if opt.clusters:
         if opt.clusters > len(rows):
-            raise SvpError(f"{len(rows)} training pictures do not make {opt.clusters} clusters", "fewer clusters", "usage")
+            raise SvpError(
+                f"{len(rows)} training pictures do not make {opt.clusters} clusters", "fewer clusters", "usage"
+            )
         return torch.from_numpy(fitted(clusters=opt.clusters).labels_).long(), threshold
     if threshold is None:
         joined = torch.from_numpy(fitted(threshold=0.0).distances_)  # where two clusters became one, ascending
@@ -147,7 +155,7 @@ def partition(rows: Tensor, opt) -> tuple[Tensor, float | None]:
 
 
 def frame_in(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The frame that a file holds (of several clusters their mean), by our names; raises SvpError when there is none that fits."""
+    """The frame that a file holds, of several clusters their mean; raises SvpError when there is none that fits."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -158,10 +166,15 @@ def frame_in(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]
         raise SvpError(f"{path} holds no frame: {err}", "adapter_model.safetensors of vp or damvp", "artefact") from err
     for part, t in found.items():
         if t.shape[1:] != shapes[part]:
-            raise SvpError(f"{path}: {part} is {tuple(t.shape[1:])}, this frame needs {tuple(shapes[part])}", kind="artefact")
+            raise SvpError(
+                f"{path}: {part} is {tuple(t.shape[1:])}, this frame needs {tuple(shapes[part])}", kind="artefact"
+            )
     return found
 
 
 def meta_step(frame: Tensor, fast: Tensor, size: float) -> Tensor:
-    """The outer step of meta-training: a share `size` of the way from the frame to the mean of those trained on (m, …) clusters."""
+    """Outer step of meta-training: a share `size` of the way from the frame to the mean of those trained on m clusters.
+
+    frame (…);  fast (m, …), all clusters of all tasks
+    """
     return frame - size * (frame - fast).mean(0)

@@ -37,12 +37,18 @@ class E2VPT(VPT):
         kv_tokens: int = option(5, "trained keys and values of each attention", low=0, high=4096)
         share_kv: bool = option(True, "one table is both keys and values")
         masks: bool = option(True, "masks on prompts and their pieces")
-        pieces: int | None = option(None, "pieces of a prompt; none: 16, or the next smaller divisor of its width", low=1)
-        segments: Literal["contiguous", "interleaved"] = option("contiguous", "channels of a piece; published: interleaved")
+        pieces: int | None = option(
+            None, "pieces of a prompt; none: 16, or the next smaller divisor of its width", low=1
+        )
+        segments: Literal["contiguous", "interleaved"] = option(
+            "contiguous", "channels of a piece; published: interleaved"
+        )
         masks_train: bool = option(False, "masks train in the first training; published: true")
         prune_tokens: float = option(0.5, "share of the tokens that is masked", low=0.0, high=1.0)
         prune_pieces: float = option(0.5, "share of each token's pieces that is masked", low=0.0, high=1.0)
-        score: Literal["size", "signed"] = option("size", "of a mask: |gradient| at 1; published: the gradient where it stands")
+        score: Literal["size", "signed"] = option(
+            "size", "of a mask: |gradient| at 1; published: the gradient where it stands"
+        )
         rewind_init: Literal["stored", "fresh"] = option("stored", "prompts of the second training; published: fresh")
 
     PRESETS = {"published": dict(segments="interleaved", masks_train=True, score="signed", rewind_init="fresh")}
@@ -86,8 +92,9 @@ class E2VPT(VPT):
     def mask(self) -> Tensor:
         """(T, d): both masks on every channel."""
         width = self.piece_width
-        spread = self.piece_mask.repeat(1, width) if self.opt.segments == "interleaved" else self.piece_mask.repeat_interleave(width, 1)
-        return spread * self.token_mask[:, None]
+        interleaved = self.opt.segments == "interleaved"
+        pieces = self.piece_mask.repeat(1, width) if interleaved else self.piece_mask.repeat_interleave(width, 1)
+        return pieces * self.token_mask[:, None]
 
     def memory(self, i, w):
         if i >= len(self.k):

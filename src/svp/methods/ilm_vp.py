@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp.methods._reprogram import LabelMap, Normalise, frame_mask, inner_side, no_source_classes, padded
+from svp.methods._reprogram import LabelMap, Normalise, fitted, frame_mask, inner_side, no_source_classes, padded
 from svp.methods.base import Method, Phase
 from svp.options import option
 
@@ -50,19 +50,23 @@ class ILMVP(Method):
             return f"width {width} is more than half of pictures of {h} pixels"
         return no_source_classes(site)
 
+    mask: Tensor
+
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
         self.side = site.img_size[0]
         self.inner, width = sizes(site, opt)
         self.program = nn.Parameter(torch.zeros(3, self.side, self.side))
         self.normalise = Normalise(site)
-        first, hole = ((self.side - self.inner + 1) // 2, self.inner) if opt.prompt == "expansive" else (width, self.side - 2 * width)
-        mask = frame_mask(self.side, hole, first, self.program.detach())
-        self.register_buffer("mask", mask if hole else torch.ones_like(mask), persistent=False)
+        hole = self.inner if opt.prompt == "expansive" else self.side - 2 * width
+        mask = frame_mask(self.side, hole, (self.side - hole + 1) // 2, self.program.detach())
+        self.register_buffer("mask", mask, persistent=False)
 
     def preprocessing(self, p):
         raw = p.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        return raw if self.opt.prompt == "additive" else raw.but(crop=(self.inner, self.inner), exact=True, interpolation="bilinear")
+        if self.opt.prompt == "additive":
+            return raw
+        return raw.but(crop=(self.inner, self.inner), exact=True, interpolation="bilinear")
 
     def make_head(self, site, num_classes):
         return LabelMap(site.source_head, num_classes)
@@ -76,8 +80,8 @@ class ILMVP(Method):
     def prompted(self, images: Tensor) -> Tensor:
         """Raw pixels (b, 3, size, size) -> (b, 3, side, side)."""
         if self.opt.prompt == "additive":
-            return images + self.program * self.mask
-        return padded(images, self.side) + torch.sigmoid(self.program) * self.mask
+            return fitted(images, self.side) + self.program * self.mask
+        return padded(fitted(images, self.inner), self.side) + torch.sigmoid(self.program) * self.mask
 
     def first_map(self, run):
         head = run.model.head

@@ -42,7 +42,9 @@ class InsVP(VPT):
         token_once: bool = option(False, "compute the tokens once a pass in training too")
         simam: bool = option(False, "SimAM on the input picture; published for some data sets")
         position: Position = option("pre", "where the tokens stand in Vim's sequence")
-        vim_deep: Literal["replace", "hidden_only", "add"] = option("replace", "what deep prompts do to their places on Vim")
+        vim_deep: Literal["replace", "hidden_only", "add"] = option(
+            "replace", "what deep prompts do to their places on Vim"
+        )
         project: ClassVar[None] = None
         deep: ClassVar[bool] = True
 
@@ -53,7 +55,11 @@ class InsVP(VPT):
 
     @classmethod
     def unfit(cls, site, opt):
-        if len(opt.kernels) != 2 or len(opt.token_kernels) != 3 or not all(k % 2 for k in opt.kernels + opt.token_kernels):
+        if (
+            len(opt.kernels) != 2
+            or len(opt.token_kernels) != 3
+            or not all(k % 2 for k in opt.kernels + opt.token_kernels)
+        ):
             return "kernels are two odd sizes, token_kernels three"
         if any(side % site.patch_size for side in site.img_size):
             return f"pictures of {site.img_size} pixels are not made of whole patches of {site.patch_size}"

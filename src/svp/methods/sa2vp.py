@@ -1,4 +1,4 @@
-"""SA2VP: a map of prompts as large as the picture runs through the same frozen blocks and exchanges with it (arXiv 2312.10376)."""
+"""SA2VP: a map of prompts, as large as the picture, passes the same frozen blocks beside it (arXiv 2312.10376)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,18 @@ class SA2VP(Method):
         scale: float = option(0.1, "factor of what is read from the other stream; paper: 0.1, 0.5 or 1.5")
         attn: Literal["base", "acc"] = option("base", "neighbours beyond the border are left out, or zeros")
         dropout: float = option(0.1, "in the cross networks, in training", low=0.0, high=0.9)
-        backbone_dropout: float = option(0.0, "on embeddings and in MLPs of the frozen blocks; published: 0.1", low=0.0, high=0.9)
-        second_loss: float = option(0.2, "weight of the prompt map's loss; the picture's has the rest", low=0.0, high=1.0)
+        backbone_dropout: float = option(
+            0.0, "on embeddings and in MLPs of the frozen blocks; published: 0.1", low=0.0, high=0.9
+        )
+        second_loss: float = option(
+            0.2, "weight of the prompt map's loss; the picture's has the rest", low=0.0, high=1.0
+        )
 
     PRESETS = {"published": dict(backbone_dropout=0.1)}
     paper = "arXiv 2312.10376 (AAAI 2024)"
-    params_formula = "l k + k d + d + depth (2 d + 2 d k + k + d) + n (d + l k + k d + d), l tokens, k = hidden, n = deep prompts"
+    params_formula = (
+        "l k + k d + d + depth (2 d + 2 d k + k + d) + n (d + l k + k d + d), l tokens, k = hidden, n = deep prompts"
+    )
     default_lr = 1e-3
 
     @classmethod
@@ -86,7 +92,8 @@ class SA2VP(Method):
             self.hidden_drop.weight = run.w["mlp.fc2.weight"]
         to_prompts, frozen = i % 4 == 0, self.frozen(i, run)
         y, z = (q, x) if to_prompts else (x, q)
-        read = self.opt.scale * self.cross[i](y, attention(run.norm(y), run.norm(z), frozen, self.heads[i], tokens.grid, self.opt.attn))
+        attended = attention(run.norm(y), run.norm(z), frozen, self.heads[i], tokens.grid, self.opt.attn)
+        read = self.opt.scale * self.cross[i](y, attended)
         streams = [x, q.to(x.dtype)]
         if to_prompts and i > 0:
             deep = self.deep_proj[i // 4 - 1](self.deep[i // 4 - 1])
@@ -98,7 +105,9 @@ class SA2VP(Method):
 
     def frozen(self, i, run) -> Projections:
         """The projections of block i's attention."""
-        return Projections(*(run.w.get(f"attn.{name}") for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")))
+        return Projections(
+            *(run.w.get(f"attn.{name}") for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias"))
+        )
 
     def dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.opt.backbone_dropout, self.training)
@@ -148,7 +157,7 @@ class HiddenDrop(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        self.weight: Tensor | None = None  # of the block that runs
+        self.weight: Tensor = torch.empty(0)  # of the block that runs
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(F.dropout(h, self.rate) - h, self.weight)
@@ -156,8 +165,9 @@ class HiddenDrop(nn.Module):
 
 def attention(y: Tensor, z: Tensor, w: Projections, heads: int, grid: tuple[int, int], kind: str) -> Tensor:
     """Queries from y, keys and values from z, (b, 1 + h*w, d): the class token reads all, a patch the 3 x 3 around it."""
-    weights, biases = w.qkv.chunk(3), (None,) * 3 if w.qkv_bias is None else w.qkv_bias.chunk(3)
-    q, k, v = (F.linear(s, *p).unflatten(2, (heads, -1)).transpose(1, 2) for s, p in zip((y, z, z), zip(weights, biases, strict=True), strict=True))
+    weights, biases = w.qkv.chunk(3), (None, None, None) if w.qkv_bias is None else w.qkv_bias.chunk(3)
+    maps = (F.linear(s, weight, bias) for s, weight, bias in zip((y, z, z), weights, biases, strict=True))
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in maps)  # (b, heads, l, d/heads) each
     cls = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # (b, heads, 1, d/heads)
     near_k, near_v = neighbours(k[:, :, 1:], grid), neighbours(v[:, :, 1:], grid)  # (b, heads, h*w, 9, d/heads)
     scores = (near_k @ q[:, :, 1:, :, None])[..., 0] * q.shape[-1] ** -0.5  # (b, heads, h*w, 9)

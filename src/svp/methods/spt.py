@@ -33,13 +33,19 @@ class SPT(VPT):
         num_tokens: int = option(20, "prompt tokens", low=1, high=4096)
         deep: bool = option(True, "prompts of their own before every block; else at the first block only")
         prototypes: Literal["random", "mean", "max", "kmeans"] = option("random", "what the prompts start as")
-        pick: Literal["kmeans", "random"] = option("kmeans", "mean, max: how T pooled rows are chosen; published: random")
-        sample: float | None = option(None, "share of the training pictures; none: all, kmeans 0.3", above=0.0, high=1.0)
+        pick: Literal["kmeans", "random"] = option(
+            "kmeans", "mean, max: how T pooled rows are chosen; published: random"
+        )
+        sample: float | None = option(
+            None, "share of the training pictures; none: all, kmeans 0.3", above=0.0, high=1.0
+        )
         replacement: bool = option(False, "draw the pictures with replacement; published: true")
         max_rows: int = option(16384, "rows of a pool that k-means sees", low=1)
         vim_pool: Literal["stream", "hidden"] = option("stream", "what a token is on Vim")
         position: Position = option("pre", "where the tokens stand in Vim's sequence")
-        vim_deep: Literal["replace", "hidden_only", "add"] = option("replace", "what deep prompts do to their places on Vim")
+        vim_deep: Literal["replace", "hidden_only", "add"] = option(
+            "replace", "what deep prompts do to their places on Vim"
+        )
         project: ClassVar[None] = None
         dropout: ClassVar[float] = 0.0
 
@@ -110,7 +116,11 @@ class SPT(VPT):
         """The picture's tokens (b, h*w, d) that enter each block; the first ones without positions."""
         w, (h, _) = site.weights, site.grid
         stride = (site.img_size[0] - site.patch_size) // (h - 1) if h > 1 else site.patch_size
-        first = F.conv2d(images, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), stride).flatten(2).transpose(1, 2)
+        first = (
+            F.conv2d(images, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), stride)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         if not self.opt.deep:
             return [first]
         later = run.block_inputs(images)[1:]
@@ -130,5 +140,5 @@ def k_means(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     from sklearn.cluster import KMeans
 
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    fitted = KMeans(min(count, len(rows)), init="k-means++", n_init=1, max_iter=300, random_state=seed).fit(rows.double().cpu().numpy())
+    fitted = KMeans(min(count, len(rows)), n_init=1, max_iter=300, random_state=seed).fit(rows.double().cpu().numpy())
     return torch.from_numpy(fitted.cluster_centers_).to(rows)
