@@ -17,8 +17,13 @@ from svp.model import adapt, load
 from svp.registry import METHODS
 
 TINY = {"vim_tiny": dict(depth=3, embed_dim=32, d_state=4, patch_size=8, img_size=32, num_classes=7)}
-SMALL = {"svp": dict(hidden=8, shared_layers=2), "lora": dict(rank=4)}  # options that fit a network this small
-NEUTRAL = ("svp", "linear", "full", "lora")  # these start at the frozen network
+SMALL = {  # options that fit a network this small
+    "svp": dict(hidden=8, shared_layers=2), "lora": dict(rank=4), "sdt": dict(freeze_channels=0.8, freeze_states=0.5),
+}  # fmt: skip
+NEUTRAL = (  # these start at the frozen network
+    "svp", "linear", "full", "lora", "bitfit", "partial", "repadapter", "fact", "adapter", "sdt", "state_offset",
+)  # fmt: skip
+MERGED = ("linear", "full", "lora", "bitfit", "partial", "repadapter", "fact", "ssf", "sdt", "additional_scan")
 ALL = sorted(METHODS.entries())
 
 
@@ -27,7 +32,12 @@ def backbone(name="vim_tiny", **more):
 
 
 def made(method, net=None, **more):
-    return adapt(net or backbone(), method, num_classes=5, **{**SMALL.get(method, {}), **more})
+    try:
+        return adapt(net or backbone(), method, num_classes=5, **{**SMALL.get(method, {}), **more})
+    except SvpError as err:
+        if "cannot act on" not in err.problem:
+            raise
+        pytest.skip(err.problem)
 
 
 @pytest.fixture
@@ -168,7 +178,7 @@ class TestContract:
         try:
             net = model.merge()
         except SvpError as err:
-            assert method == "svp" and "cannot be merged" in str(err)
+            assert method not in MERGED and "cannot be merged" in str(err)
             return
         with torch.no_grad():
             torch.testing.assert_close(net.eval()(images), model(images), atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from svp.registry import method_class
 
 FORMAT = 1  # of a saved adapter
 HEADS = ("linear", "two_linear")
+_SEEDING = threading.Lock()  # start values are drawn from torch's one generator: one thread at a time
 MethodSpec = str | tuple[str, dict[str, Any]]
 
 
@@ -309,7 +311,7 @@ def adapt(
         raise SvpError(f"{len(classes)} class names were given for num_classes {num_classes}", kind="usage")
     specs = _specs(method, options)
     site = backbone.site()
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = [(name, _build(name, values, site, num_classes)) for name, values in specs]
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
