@@ -511,7 +511,7 @@ WEIGHTS = [
     refused(51, "another size", f"{TRAIN} --weights tiny.pth", r"tiny\.pth has depth 24 and embed_dim 192, vim_nano needs 2 and 16", "the file fits vim_tiny_64: --backbone vim_tiny_64", "artefact",
             make=lambda: torch.save(svp.create_backbone("vim_tiny_64", img_size=16, num_classes=0).state_dict(), "tiny.pth")),
     refused(51, "a size of nobody", f"{TRAIN} --weights bad.pth", r"bad\.pth has embed_dim 32, vim_nano needs 16", "its sizes: embed_dim 32, depth 2", "artefact", make=weights("bad.pth", sizes={"embed_dim": 32})),
-    refused(51, "another architecture", f"{TRAIN} --weights bad.pth", r"bad\.pth does not look like vim_nano: it holds no Vision Mamba", r"conv1\.weight, fc\.weight", "artefact",
+    refused(51, "another architecture", f"{TRAIN} --weights bad.pth", r"bad\.pth does not look like vim_nano: it holds no network of this package", r"conv1\.weight, fc\.weight", "artefact",
             make=lambda: torch.save({"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}, "bad.pth")),
     refused(51, "a tensor too few", f"{TRAIN} --weights bad.pth", r"bad\.pth lacks norm_f\.weight", "vim_nano", "artefact", make=weights("bad.pth", but("norm_f.weight", None))),
     refused(51, "a tensor of another shape", f"{TRAIN} --weights bad.pth", r"bad\.pth: norm_f\.weight is \(3,\), vim_nano needs \(16,\)", "svp list backbones vim_nano", "artefact", make=weights("bad.pth", but("norm_f.weight", torch.zeros(3)))),

@@ -126,6 +126,24 @@ def test_blocks_are_numbered_and_show_their_norm(net, images, plain):
     assert seen == [(i, (2, 17, D), i == 0) for i in range(DEPTH)]
 
 
+def test_the_last_norm_and_the_weights_of_a_block_are_in_reach(net, images, plain):
+    """Alone and inside a stack: what a second stream needs at its end, and what shares a block's frozen projections."""
+
+    class Looker(Seams):
+        def network(self, images, run):
+            feature, stream = run(images, side=torch.zeros(2, 1, D, dtype=torch.float64))
+            return feature, run.norm(stream)[:, 0]
+
+        def block(self, tokens, i, run):
+            assert torch.equal(run.w["mixer.in_proj.weight"], net.layers[i].mixer.in_proj.weight)
+            tokens = run(tokens)
+            return tokens._replace(side=tokens.stream[:, list(tokens.cls)])
+
+    for seams in (Looker(), Stack([Looker(), Seams()])):
+        feature, again = net.features(images, seams)
+        assert torch.equal(feature, plain) and torch.allclose(again, plain, rtol=0, atol=1e-12)
+
+
 def test_inserted_tokens_reach_the_class_token_and_move_it(net, images, plain):
     class Prompt(Seams):
         def block(self, tokens, i, run):

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from svp.registry import method_class
 
 FORMAT = 1  # of a saved adapter
 HEADS = ("linear", "two_linear")
+_SEEDING = threading.Lock()  # start values are drawn from torch's one generator: one thread at a time
 MethodSpec = str | tuple[str, dict[str, Any]]
 
 
@@ -113,10 +115,20 @@ class AdaptedModel(nn.Module):
     def method_name(self) -> str:
         return "+".join(name for name, _ in self.specs)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The methods' names, or what they are called where they are adapted to this backbone."""
+        site = self.backbone.site()
+        parts = list(self.method.parts.values()) if isinstance(self.method, Several) else [self.method]
+        return tuple(
+            type(part).label(site, part.opt) or name for (name, _), part in zip(self.specs, parts, strict=True)
+        )
+
     def summary(self) -> str:
         """What trains, where, how many numbers (peft: print_trainable_parameters)."""
         frozen = sum(p.numel() for name, p in self.backbone.named_parameters() if not name.startswith("head."))
-        lines = [f"{self.method_name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(True) - self.num_trainable():,} "
+        name = "+".join(self.labels)
+        lines = [f"{name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(True) - self.num_trainable():,} "
                  f"numbers train, {frozen:,} are frozen ({self.num_trainable(True) / frozen:.2%})"]  # fmt: skip
         for name, group in _alike(list(self.named_parameters())).items():
             found = [p for _, p in group]
@@ -181,7 +193,8 @@ class AdaptedModel(nn.Module):
     def merge(self) -> Backbone:
         """A plain backbone that acts the same, its head this model's (peft: merge_and_unload).
 
-        Raises SvpError when the method does more than replace weights, or changes their shapes.
+        Bias slots that the published network left empty are filled, and tensors may have another shape (more states).
+        Raises SvpError when the method does more than replace weights.
         """
         net = copy.deepcopy(self.backbone)
         w = {name: p.detach() for name, p in net.named_parameters() if not name.startswith("head.")}
@@ -189,16 +202,12 @@ class AdaptedModel(nn.Module):
             merged = w if self.frozen_features else self.method.merged(w, self.method)
         if merged is None:
             raise SvpError(
-                f"{self.method_name} cannot be merged: its prompts are computed from each picture",
+                f"{self.method_name} cannot be merged: it does more than replace weights",
                 "save the adapter with save_pretrained() instead; it is a few MB",
             )
-        own = dict(net.named_parameters())
         for name, value in merged.items():
-            if name not in own or own[name].shape != value.shape:
-                raise SvpError(
-                    f"{self.method_name} cannot be merged: {net.name} has no place for {name} {tuple(value.shape)}"
-                )
-            own[name].data.copy_(value)
+            owner, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(owner), leaf, nn.Parameter(value.detach().clone()))
         net.head, net.num_classes = copy.deepcopy(self.head), self.num_classes
         net.stored_positions = None
         return net.requires_grad_(True)
@@ -304,7 +313,7 @@ def adapt(
         raise SvpError(f"{len(classes)} class names were given for num_classes {num_classes}", kind="usage")
     specs = _specs(method, options)
     site = backbone.site()
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = [(name, _build(name, values, site, num_classes)) for name, values in specs]
         joined = parts[0][1] if len(parts) == 1 else Several(parts)

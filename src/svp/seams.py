@@ -179,11 +179,14 @@ class Seams:
 
     # three wrappers
     def network(self, images: Tensor, run: Callable) -> Tensor:
-        """(b, 3, H, W) as preprocessed -> feature (b, d); run(images, side=None) -> (feature, side as it left the last block)."""
+        """(b, 3, H, W) as preprocessed -> feature (b, d); run(images, side=None) -> (feature, side as it left the last block).
+
+        run.norm(x) is the network's last norm, (b, l, d) -> (b, l, d).
+        """
         return run(images)[0]
 
     def block(self, tokens: Tokens, i: int, run: Any) -> Tokens:
-        """Block i over all stages; run.norm(stream) is the block's own first norm."""
+        """Block i over all stages; run.norm(stream) is the block's own first norm, run.w its weights in force, by name."""
         return run(tokens)
 
     def branch(self, x: Tensor, h: Tensor, i: int, kind: str, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -267,24 +270,30 @@ class Stack(Seams):
 class _Inner:
     """A network with one part of a stack around it: what the part returns, and the side stream of its last run."""
 
-    def __init__(self, part: Seams, run: Callable):
-        self.part, self.run = part, run
+    def __init__(self, part: Seams, run: Any):
+        self.part, self.run, self.norm = part, run, run.norm
 
     def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        last: list[Tensor | None] = [side]
+        tap = _Tap(self.run, side)
+        return self.part.network(images, tap), tap.last
 
-        def run(images: Tensor, side: Tensor | None = side) -> tuple[Tensor, Tensor | None]:
-            feature, last[0] = self.run(images, side=side)
-            return feature, last[0]
 
-        return self.part.network(images, run), last[0]
+class _Tap:
+    """A network that keeps the side stream of its last run; a run without one gets the one that was given from outside."""
+
+    def __init__(self, run: Any, side: Tensor | None):
+        self.run, self.side, self.last, self.norm = run, side, side, run.norm
+
+    def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        feature, self.last = self.run(images, side=self.side if side is None else side)
+        return feature, self.last
 
 
 class _Outer:
-    """A block with one part of a stack around it; the block's norm stays in reach."""
+    """A block with one part of a stack around it; the block's norm and weights stay in reach."""
 
     def __init__(self, part: Seams, i: int, run: Any):
-        self.part, self.i, self.run, self.norm = part, i, run, run.norm
+        self.part, self.i, self.run, self.norm, self.w = part, i, run, run.norm, run.w
 
     def __call__(self, tokens: Tokens) -> Tokens:
         return self.part.block(tokens, self.i, self.run)

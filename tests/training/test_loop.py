@@ -267,8 +267,13 @@ def test_phases_begin_with_a_look_at_the_data(tmp_path, monkeypatch):
         def begin(run):
             images, _, index = next(run.batches("train"))
             assert images.shape == (30, 3, 16, 16) and index.tolist() == list(range(30))
+            some = [
+                (index.tolist(), len(images))
+                for images, _, index in run.batches("train", index=torch.tensor([4, 2, 2]))
+            ]
+            assert some == [([4, 2, 2], 3)] and run.size() == 30 and run.size("val") == 12
             assert run.features(images).shape == (30, 16)
-            assert [x.shape for x in run.block_inputs(images[:2])] == [(2, 5, 16)] * 2
+            assert [x.stream.shape for x in run.block_inputs(images[:2])] == [(2, 5, 16)] * 2
             draw = torch.rand(1, generator=run.generator).item()
             seen.append((draw, method.beta["0"].sum().item()))
             method.register_buffer("mask", torch.full((3,), method.beta["0"].sum().item()))

@@ -52,17 +52,27 @@ class Backbone(nn.Module):
         """
         w = self.in_force(seams)
         seams = seams or PLAIN
-
-        def run(images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-            self.check_images(images)
-            tokens = self.run_blocks(images, w, seams, side, drop_path)
-            return self.pool(tokens.x, tokens.cls, tokens.patches), tokens.side
-
-        return seams.network(images, run)
+        return seams.network(images, Run(self, w, seams, drop_path))
 
     def run_blocks(self, images: Tensor, w: Weights, seams: Seams, side: Tensor | None, drop_path: float) -> Tokens:
         """images (b, 3, H, W) -> the tokens after the last norm, x (b, l, d)."""
         raise NotImplementedError
+
+    def pooled(self, tokens: Tokens, w: Weights) -> Tensor:
+        """Normed tokens -> feature (b, d), with the weights in force."""
+        return self.pool(tokens.x, tokens.cls, tokens.patches)
+
+    def last_norm(self, x: Tensor, w: Weights) -> Tensor:
+        """The norm after the last block, (b, l, d) -> (b, l, d), with the weights in force."""
+        raise NotImplementedError
+
+    def checkpointed(self, seams: Seams, tokens: Tokens, i: int, block: Any) -> Tokens:
+        """Block i; with gradient checkpointing its activations are recomputed in the backward pass, only its input is kept."""
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return seams.block(tokens, i, block)
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(seams.block, tokens, i, block, use_reentrant=False)
 
     def pool(self, x: Tensor, cls: tuple[int, ...], patches: Tensor | None = None) -> Tensor:
         """The mean of the class tokens, or of the picture's where there are none: (b, l, d) -> (b, d)."""
@@ -157,6 +167,11 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     @property
+    def position_rows(self) -> tuple[int, ...]:
+        """The rows of the position table that belong to no patch."""
+        return self.cls_positions
+
+    @property
     def drop_path_now(self) -> float:
         """The rate of timm's `drop_path_rate`, in training mode."""
         return getattr(self, "drop_path_rate", 0.0) if self.training else 0.0
@@ -202,6 +217,21 @@ class Backbone(nn.Module):
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
+
+
+class Run:
+    """What seams.network gets as `run`: the network with the weights in force."""
+
+    def __init__(self, net: Backbone, w: Weights, seams: Seams, drop_path: float):
+        self.net, self.w, self.seams, self.drop_path = net, w, seams, drop_path
+
+    def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        self.net.check_images(images)
+        tokens = self.net.run_blocks(images, self.w, self.seams, side, self.drop_path)
+        return self.net.pooled(tokens, self.w), tokens.side
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.net.last_norm(x, self.w)
 
 
 def tensor_digest(t: Tensor) -> str:

@@ -250,7 +250,7 @@ def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> R
         and positions.shape[2] == own["pos_embed"].shape[2]
     ):
         net.stored_positions = tensor_digest(positions)
-        taken["pos_embed"] = resize_positions(positions.float(), net.grid, net.cls_positions, mode=pos_resize)  # type: ignore[attr-defined]
+        taken["pos_embed"] = resize_positions(positions.float(), net.grid, net.position_rows, mode=pos_resize)  # type: ignore[attr-defined]
         report.resized.append(f"pos_embed {positions.shape[1]} -> {own['pos_embed'].shape[1]} rows")
     for name, p in own.items():
         if name not in taken:

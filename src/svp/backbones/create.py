@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 
 from svp.backbones.base import Backbone, pair
-from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, recognise, shortened, words
+from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, shortened, words
 from svp.errors import SvpError, unknown
 from svp.registry import BACKBONES
 
+FAMILIES = {"vim": "a Vision Mamba", "vit": "a ViT"}
 KERNELS = ("auto", "reference", "cpu", "triton")
 
 
@@ -39,11 +41,10 @@ def create_backbone(
     overrides  keywords of the family, for example depth=2, embed_dim=32
     Raises SvpError for unknown names and keywords, and for files that do not fit, naming the backbone they would fit.
     """
-    entry = BACKBONES.get(name)
+    module = family_of(name)
     if kernel not in KERNELS:
         raise unknown("kernel", kernel, KERNELS)
-    module = entry.load()
-    sizes = {**module.VARIANTS[name], **overrides}
+    sizes = {**module.VARIANTS.get(name, {}), **overrides}
     if img_size is not None:
         sizes["img_size"] = pair(img_size)
     found = None if weights is None else read_checkpoint(weights_file(name, str(weights)), trust_pickle=trust_pickle)
@@ -64,6 +65,13 @@ def create_backbone(
     return net.eval()
 
 
+def family_of(name: str) -> Any:
+    """The module of a registered name; one that timm may know as a ViT belongs to the family vit."""
+    if name not in BACKBONES.entries() and re.match(r"(vit|deit3?)_", name):
+        return importlib.import_module("svp.backbones.vit")
+    return BACKBONES.get(name).load()
+
+
 def family_class(module: Any) -> type[Backbone]:
     """The Backbone subclass of a family's file."""
     return next(
@@ -77,14 +85,14 @@ def weights_file(name: str, weights: str) -> Path:
         shipped = shipped_weights(name)
         if shipped is not None:
             return shipped
-        published = getattr(BACKBONES.get(name).load(), "PUBLISHED", {})
-        if name not in published:
+        published = family_of(name).published(name)
+        if published is None:
             raise SvpError(
                 f"no weights ship with {name} and none are published",
                 "--weights none (in Python None) for random ones",
                 "artefact",
             )
-        return from_hub(*published[name])
+        return from_hub(*published)
     if weights.startswith("hf:"):
         owner, _, rest = weights[3:].partition("/")
         repository, _, file = rest.partition("/")
@@ -122,22 +130,21 @@ def _fitted(
     name: str, module: Any, sizes: dict[str, Any], found: Checkpoint, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """The sizes with the file's class count; raises when the file is of another network, naming the one it fits."""
-    seen = recognise(found.tensors)
+    seen = module.recognise(found.tensors)
     if seen is None:
         raise SvpError(
-            f"{found.path} does not look like {name}: it holds {words(None)}",
+            f"{found.path} does not look like {name}: it holds {looks_like(found.tensors)}",
             f"its tensors: {shortened(found.tensors)}; `svp list backbones` shows what is known", "artefact",
         )  # fmt: skip
-    defaults = dict(depth=24, d_state=16, expand=2, patch_size=16)
-    wanted = {**defaults, **{k: v for k, v in sizes.items() if k in (*defaults, "embed_dim", "dt_rank")}}
+    wanted = module.compared(name, sizes)
     wrong = [k for k, v in wanted.items() if k in seen and v is not None and seen[k] != v]
     if wrong:
         fits = [
             other
             for other, row in module.VARIANTS.items()
-            if all(seen.get(k, v) == v for k, v in {**defaults, **row}.items() if k in (*defaults, "embed_dim"))
+            if all(seen.get(k, v) == v for k, v in module.compared(other, row).items() if v is not None)
         ]
-        hint = f"the file fits {' or '.join(fits)}: --backbone {fits[0]}" if fits else f"its sizes: {words(seen)}"
+        hint = f"the file fits {' or '.join(fits[:3])}: --backbone {fits[0]}" if fits else f"its sizes: {words(seen)}"
         said = " and ".join(f"{k} {seen[k]}" for k in wrong)
         raise SvpError(
             f"{found.path} has {said}, {name} needs {' and '.join(str(wanted[k]) for k in wrong)}", hint, "artefact"
@@ -145,3 +152,12 @@ def _fitted(
     if "num_classes" in seen and "num_classes" not in overrides:
         sizes = {**sizes, "num_classes": seen["num_classes"]}
     return sizes
+
+
+def looks_like(tensors: dict[str, Any]) -> str:
+    """What network these tensors make, as a person reads it."""
+    for family in FAMILIES:
+        seen = importlib.import_module(f"svp.backbones.{family}").recognise(tensors)
+        if seen is not None:
+            return f"{FAMILIES[family]} of {words(seen)}"
+    return "no network of this package"

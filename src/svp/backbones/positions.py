@@ -50,7 +50,8 @@ def resize_positions(
         patches = _bicubic(table[:, len(cls) :], source_grid, grid)
         return torch.cat([table[:, : len(cls)], patches], dim=1)
     if source_cls is None:
-        source_cls = tuple(_same_kind(t, grid[0] * grid[1], count) for t in cls)
+        at_head = cls == tuple(range(len(cls)))  # class and register tokens
+        source_cls = cls if at_head else tuple(_same_kind(t, grid[0] * grid[1], count) for t in cls)
     keep = [t for t in range(table.shape[1]) if t not in source_cls]
     patches = _bicubic(table[:, keep], source_grid, grid)
     places = [t for t in range(patches.shape[1] + len(cls)) if t not in cls]

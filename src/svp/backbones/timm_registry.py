@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import register_model
+from timm.models import is_model, register_model
 
 from svp.backbones.create import create_backbone
 from svp.registry import BACKBONES
@@ -38,4 +38,5 @@ def _register(name: str) -> None:
 
 
 for _name in BACKBONES.entries():
-    _register(_name)
+    if not is_model(_name):  # timm's own ViTs stay timm's
+        _register(_name)

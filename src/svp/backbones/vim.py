@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair, rms_norm
+from svp.backbones.checkpoints import recognise  # noqa: F401  one of the questions that every family answers
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, selective_scan
 from svp.preprocessing import Preprocessing
@@ -31,6 +32,7 @@ PUBLISHED = {  # variant: (hub repository, file) of the weights published with a
     "vim_small_stride8": ("hustvl/Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
     "vim_base": ("hustvl/Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
 }
+SIZES = dict(depth=24, d_state=16, expand=2, patch_size=16)  # what the published sizes share
 CLASS_TOKENS = Literal["middle", "head", "double", "none"]
 
 
@@ -127,20 +129,13 @@ class Vim(Backbone):
         tokens = self.embed(images, w)._replace(side=side)
         for i, layer in enumerate(self.layers):
             block = Block(self, layer, blocks[i], i, seams, drop_rate(drop_path_rate, i, self.depth))
-            tokens = (
-                self.checkpointed(seams, tokens, i, block) if self.grad_checkpointing else seams.block(tokens, i, block)
-            )
+            tokens = self.checkpointed(seams, tokens, i, block)
         tokens = tokens._replace(x=drop_path(tokens.x, drop_path_rate))
-        normed = rms_norm(tokens.stream, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
-        return tokens._replace(x=normed, residual=None)
+        return tokens._replace(x=self.last_norm(tokens.stream, w), residual=None)
 
-    def checkpointed(self, seams: Seams, tokens: Tokens, i: int, block: Block) -> Tokens:
-        """The block, its activations recomputed in the backward pass; only block inputs are kept."""
-        if not torch.is_grad_enabled():
-            return seams.block(tokens, i, block)
-        from torch.utils.checkpoint import checkpoint
-
-        return checkpoint(seams.block, tokens, i, block, use_reentrant=False)
+    def last_norm(self, x: Tensor, w: Weights) -> Tensor:
+        normed = rms_norm(x, w["norm_f.weight"], self.norm_eps, w["norm_f.weight"].dtype)
+        return normed + w["norm_f.bias"] if "norm_f.bias" in w else normed
 
     @property
     def cls_positions(self) -> tuple[int, ...]:
@@ -160,13 +155,14 @@ class Vim(Backbone):
         views = {name: t.detach() for name, t in self.named_parameters()}
         return Site(
             self.name, tuple(blocks), views, self.site_slots(), self.img_size, self.patch_size, self.grid,
-            self.cls_positions, self.num_features, p.mean, p.std, self.head,
+            self.cls_positions, self.num_features, p.mean, p.std, self.head if isinstance(self.head, nn.Linear) else None,
         )  # fmt: skip
 
     def site_slots(self) -> frozenset[str]:
         twins = ("x_proj", "x_proj_b") if self.scan_type == "v2" else ("x_proj",)
         names = {f"layers.{i}.mixer.{m}.bias" for i in range(self.depth) for m in ("in_proj", "out_proj", *twins)}
         names |= {f"layers.{i}.mixer.{m}.bias" for i in range(self.depth) for m in ("conv1d", "conv1d_b")}
+        names.add("norm_f.bias")
         return frozenset(names - set(dict(self.named_parameters())))
 
     # -- start values, timm's protocol ---------------------------------------------------------------------------------
@@ -217,7 +213,7 @@ class Vim(Backbone):
         outs = []
         for i in wanted:
             stream, tokens = taken.found[i]
-            stream = rms_norm(stream, w["norm_f.weight"], self.norm_eps, last.x.dtype) if norm else stream
+            stream = self.last_norm(stream, w) if norm else stream
             patches = stream[:, tokens.patches]
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, self.grid)
@@ -311,6 +307,19 @@ def scan_one_way(
         u, delta, A, p[..., r : r + n], p[..., r + n :], w["D" + twin], delta_bias=delta_bias, delta_softplus=True,
         h0=memory.h0, offset=memory.offset, bias=memory.bias, reverse=reverse, kernel=kernel,
     )  # fmt: skip
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def published(name: str) -> tuple[str, str] | None:
+    """(hub repository, file) of a variant's published weights, or None."""
+    return PUBLISHED.get(name)
+
+
+def compared(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that a file must have to fit keywords of `Vim`."""
+    return {**SIZES, **{k: v for k, v in sizes.items() if k in (*SIZES, "embed_dim", "dt_rank")}}
 
 
 # -- modules that hold the published tensors under the published names -------------------------------------------------

@@ -29,7 +29,8 @@ class Method(Seams, nn.Module):
 
     A subclass has a frozen dataclass `Options` and builds its parameters in `__init__` from the site.
     `params_formula` and `paper` are shown by `svp list methods NAME`; `default_lr` is the learning rate of our own
-    recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched.
+    recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched; a method with
+    `changes_shapes` replaces weights after those it stands together with, whatever the order of their names.
     """
 
     @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Method(Seams, nn.Module):
     paper: ClassVar[str] = ""
     params_formula: ClassVar[str] = ""
     default_lr: ClassVar[float] = 1e-2
-    known_inert: ClassVar[tuple[str, ...]] = ()
+    known_inert: tuple[str, ...] = ()
+    changes_shapes: ClassVar[bool] = False
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
@@ -50,6 +52,11 @@ class Method(Seams, nn.Module):
     @classmethod
     def unfit(cls, site: Site, opt: Any) -> str | None:
         """Why this method cannot act on this site, or None."""
+        return None
+
+    @classmethod
+    def label(cls, site: Site, opt: Any) -> str | None:
+        """How tables call this method where it is not the published one, for example "e2vpt_in"; None: it is."""
         return None
 
     def preprocessing(self, p: Preprocessing) -> Preprocessing:
@@ -101,7 +108,8 @@ class Several(Method):
         self.opt = {name: dataclasses.asdict(part.opt) for name, part in parts}
         self.num_classes = parts[0][1].num_classes
         self.parts = nn.ModuleDict(dict(parts))
-        self.stack = Stack([part for _, part in parts])
+        self.known_inert = tuple(f"parts.{name}.{pattern}" for name, part in parts for pattern in part.known_inert)
+        self.stack = Stack(sorted((part for _, part in parts), key=lambda part: part.changes_shapes))
 
     def acts(self, seam):
         return self.stack.acts(seam)
@@ -123,6 +131,17 @@ class Several(Method):
 
     def memory(self, i, w):
         return self.stack.memory(i, w)
+
+    def merged(self, weights, plain):
+        def late(part):  # what stands beside a layer or changes its input acts on the weights that the others have made
+            return part.changes_shapes, part.acts("branch"), part.acts("beside")
+
+        for part in sorted(self.parts.values(), key=late):
+            found = part.merged(weights, part)
+            if found is None:
+                return None
+            weights = found
+        return weights
 
     def preprocessing(self, p):
         for part in self.parts.values():

@@ -95,6 +95,7 @@ def result_of(
     total, method = model.num_trainable(True), model.num_trainable()
     found = {
         "method": model.method_name,
+        "label": "+".join(model.labels),
         "options": {name: opt for name, opt in model.specs},
         "head": model.head_name,
         "backbone": model.backbone.name,

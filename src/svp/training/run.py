@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svp.seams import Seams, Tokens
-from svp.training.feed import Batch, Feed, evaluation_feed, my_batches, training_feed
+from svp.training.feed import Batch, Feed, batches_of, evaluation_feed, my_batches, training_feed
 from svp.training.machine import Team
 from svp.training.recipe import Recipe
 
@@ -32,8 +32,15 @@ class RunHandle:
         self.generator = torch.Generator()
         self._feeds: dict[tuple[str, bool], Feed] = {}
 
-    def batches(self, split: str = "train", augment: bool = False) -> Iterator[Batch]:
-        """(images (b, 3, H, W), labels (b,), index (b,)) of a split in order, on the device; augment: as in training."""
+    def size(self, split: str = "train") -> int:
+        """How many pictures a split has."""
+        return len(self.data.split(split))
+
+    def batches(self, split: str = "train", augment: bool = False, index: Tensor | None = None) -> Iterator[Batch]:
+        """(images (b, 3, H, W), labels (b,), index (b,)) of a split, on the device; augment: as in training.
+
+        All pictures in order, of several processes each its part; or those of `index` in its order, in every process.
+        """
         key = split, augment
         if key not in self._feeds:
             p = self.model.preprocessing
@@ -41,7 +48,9 @@ class RunHandle:
                 self._feeds[key] = training_feed(self.data, p, self.recipe, self.seed, self.device, 0)
             else:
                 self._feeds[key] = evaluation_feed(self.data.split(split), p, self.device)
-        return self._feeds[key](my_batches(len(self.data.split(split)), self.recipe.eval_batch_size, Team()))
+        if index is not None:
+            return self._feeds[key](batches_of(index, self.recipe.eval_batch_size))
+        return self._feeds[key](my_batches(self.size(split), self.recipe.eval_batch_size, Team()))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -49,8 +58,8 @@ class RunHandle:
         return self.model.backbone.features(images, Seams())
 
     @torch.no_grad()
-    def block_inputs(self, images: Tensor) -> list[Tensor]:
-        """The stream (b, l, d) that enters each block of the frozen backbone, class token and positions included."""
+    def block_inputs(self, images: Tensor) -> list[Tokens]:
+        """The tokens that enter each block of the frozen backbone, class token and positions included."""
         recorder = _Inputs()
         self.model.backbone.features(images, recorder)
         return recorder.found
@@ -58,10 +67,10 @@ class RunHandle:
 
 class _Inputs(Seams):
     def __init__(self) -> None:
-        self.found: list[Tensor] = []
+        self.found: list[Tokens] = []
 
     def block(self, tokens: Tokens, i: int, run: Any) -> Tokens:
-        self.found.append(tokens.stream)
+        self.found.append(tokens)
         return run(tokens)
 
 

@@ -1,0 +1,160 @@
+"""AutoVP: pictures at a trained size in a trained frame, and a map or layer from source classes to ours (arXiv 2310.08381)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svp.errors import SvpError
+from svp.methods._reprogram import (
+    LabelMap,
+    Normalise,
+    SourceHead,
+    by_meaning,
+    fitted,
+    frame_mask,
+    inner_side,
+    no_source_classes,
+    padded,
+)
+from svp.methods.base import Method, Phase
+from svp.options import option
+
+SMALLEST, LARGEST = 0.1, 5.0  # where the trained scale is kept
+
+
+class AutoVP(Method):
+    """normalise(scaled(x) + sigmoid(delta) * frame) on raw pixels; then the frozen network with its own head, then a map.
+
+    scaling   the picture has s = scale * 128 pixels. learnable: it comes at 128 pixels and is zoomed about the centre,
+              bilinearly, by a trained scale, kept in 0.1…5
+    frame     delta acts outside of the middle s pixels; "published" places that hole at (side - s) // 2, a pixel before
+              the padded picture where side - s is odd
+    mapping   fully: a layer source -> ours; freq: by the frequencies of predictions, before training; iter: renewed
+              before every `interval`-th epoch; semantic: by embeddings of the class names, from a file with the tensors
+              `source` (S, e) and `target` (C, e); each class reads the mean of `num_map` source logits
+    The search over these options that gives the method its name is a study over runs. The released code trains with
+    automatic precision and no loss scaling, and selects on test; neither is a matter of the method.
+    Pictures that come at another size are resized first. Away from 224 pixels, 128 becomes round(128 side / 224): ours.
+    Source: arXiv 2310.08381; repository IBM/AutoVP, auto_vp/programs.py.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        scale: float = option(1.0, "size of the picture, in units of 128 of 224 pixels", low=SMALLEST, high=LARGEST)
+        learnable: bool = option(True, "train the scale")
+        mapping: Literal["fully", "freq", "iter", "semantic"] = option("fully", "from source classes to ours")
+        num_map: int = option(1, "source classes of each class, in maps", low=1)
+        interval: int = option(1, "iter: epochs between two maps", low=1)
+        embeddings: str | None = option(None, "semantic: a .safetensors file with `source` and `target`")
+        frame: Literal["aligned", "published"] = option(
+            "aligned", "where the hole of the frame begins if the room is odd"
+        )
+
+    PRESETS = {"published": dict(frame="published")}
+    paper = "arXiv 2310.08381 (ICLR 2024)"
+    params_formula = "3 side² (+ 1 learnable scale), of which the frame acts: 3 (side² - s²); fully: + S C + C"
+    default_lr = 1e-3
+
+    @classmethod
+    def unfit(cls, site, opt):
+        h, w = site.img_size
+        if h != w:
+            return f"pictures of {h} x {w} pixels have no square frame"
+        if int(inner_side(site) * opt.scale) >= h:
+            return f"scale {opt.scale:g} leaves no frame around pictures of {h} pixels"
+        if int(inner_side(site) * opt.scale) < 1:
+            return f"scale {opt.scale:g} leaves nothing of pictures of {inner_side(site)} pixels"
+        if opt.mapping == "semantic" and opt.embeddings is None:
+            return (
+                'mapping "semantic" needs embeddings of the class names: a file with the tensors `source` and `target`'
+            )
+        return no_source_classes(site)
+
+    def __init__(self, site, opt, num_classes):
+        super().__init__(site, opt, num_classes)
+        self.side, self.base = site.img_size[0], inner_side(site)
+        self.delta = nn.Parameter(torch.zeros(3, self.side, self.side))
+        if opt.learnable:
+            self.scale = nn.Parameter(torch.tensor([float(opt.scale)]))
+        self.normalise = Normalise(site)
+
+    def preprocessing(self, p):
+        size = self.given()
+        return p.but(crop=(size, size), exact=True, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def make_head(self, site, num_classes):
+        if self.opt.mapping == "fully":
+            source = site.source_head
+            return nn.Sequential(SourceHead(source), nn.Linear(source.out_features, num_classes))
+        return LabelMap(site.source_head, num_classes, self.opt.num_map)
+
+    def phases(self, recipe):
+        return [Phase(recipe, None if self.opt.mapping == "fully" else self.first_map)]
+
+    def network(self, images, run):
+        return run(self.normalise(self.prompted(images)))[0]
+
+    def prompted(self, images: Tensor) -> Tensor:
+        """Raw pixels (b, 3, s, s) -> (b, 3, side, side)."""
+        return self.resized(images) + torch.sigmoid(self.delta) * self.mask()
+
+    def resized(self, images: Tensor) -> Tensor:
+        """The picture in its place and size, zeros around."""
+        images = padded(fitted(images, self.given()), self.side)
+        if not self.opt.learnable:
+            return images
+        at = torch.linspace(-1, 1, self.side, device=images.device, dtype=images.dtype) / self.scale.to(images.dtype)
+        grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1).expand(len(images), -1, -1, -1)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+    def given(self) -> int:
+        """Pixels of a picture as `preprocessing` makes it."""
+        return self.base if self.opt.learnable else int(self.base * self.opt.scale)
+
+    def mask(self) -> Tensor:
+        """(side, side): 1 where delta acts."""
+        scale = self.scale.detach() if self.opt.learnable else self.delta.new_tensor([self.opt.scale])
+        inner = (self.base * scale).floor().long().clamp(max=self.side)
+        first = (self.side - inner + (self.opt.frame == "aligned")) // 2
+        return frame_mask(self.side, inner, first, self.delta)
+
+    def after_step(self):
+        if self.opt.learnable:
+            self.scale.data.clamp_(SMALLEST, LARGEST)
+
+    def first_map(self, run):
+        head = run.model.head
+        if self.opt.mapping == "semantic":
+            source, target = embeddings_in(self.opt.embeddings, len(head.source.weight), self.num_classes)
+            head.map.copy_(by_meaning(source, target, self.opt.num_map))
+        else:
+            head.renew(run)
+
+    def start_epoch(self, run, epoch):
+        if self.opt.mapping == "iter" and epoch > 0 and epoch % self.opt.interval == 0:
+            run.model.head.renew(run)
+
+
+def embeddings_in(path: str | os.PathLike, source: int, target: int) -> tuple[Tensor, Tensor]:
+    """The tensors `source` (S, e) and `target` (C, e) of a file; raises SvpError when they are not there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+        a, b = found["source"], found["target"]
+    except (OSError, SafetensorError, KeyError) as err:
+        hint = "a .safetensors file with the tensors `source` and `target`"
+        raise SvpError(f"{path} gives no embeddings: {err}", hint, "artefact") from err
+    if len(a) != source or len(b) != target or a.shape[1:] != b.shape[1:]:
+        raise SvpError(
+            f"{path} embeds {len(a)} source and {len(b)} of our classes, expected {source} and {target} of one width",
+            "one row a class, in the order of the labels", "artefact",
+        )  # fmt: skip
+    return a, b

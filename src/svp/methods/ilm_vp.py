@@ -1,0 +1,101 @@
+"""ILM-VP: a trained frame around small pictures and a map from source classes to ours, renewed each epoch (arXiv 2211.11635)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from svp.methods._reprogram import LabelMap, Normalise, fitted, frame_mask, inner_side, no_source_classes, padded
+from svp.methods.base import Method, Phase
+from svp.options import option
+
+
+class ILMVP(Method):
+    """normalise(pad(x) + sigmoid(program) * frame) on raw pixels; class j reads the source logit map[j]. No head trains.
+
+    expansive  the picture is resized to `size` pixels and stands in a frame that fills the rest
+    additive   the picture keeps its size; program * frame of width `width` is added to it
+    ilm        the map follows the frequencies of predictions, before every `interval`-th epoch;  flm: once, before training
+    rlm        a map drawn once
+    The program starts at 0: an expansive frame at mid-grey. The released code leaves classes without training pictures
+    out of the map and breaks; here every class has its source. Sizes away from 224 pixels are in proportion: ours.
+    Source: arXiv 2211.11635; repository OPTML-Group/ILM-VP, models/visual_prompt.py and algorithms/.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        mapping: Literal["ilm", "flm", "rlm"] = option("ilm", "renewed, by frequency once, or drawn")
+        interval: int = option(1, "ilm: epochs between two maps", low=1)
+        prompt: Literal["expansive", "additive"] = option("expansive", "a frame around the picture, or on it")
+        size: int | None = option(None, "expansive: pixels of the picture; none: 128 of 224", low=1)
+        width: int | None = option(None, "additive: pixels of the frame; none: 30 of 224", low=1)
+
+    PRESETS = {"low_shot": dict(size=32)}
+    paper = "arXiv 2211.11635 (CVPR 2023)"
+    params_formula = "3 side², of which the frame acts: 3 (side² - size²)"
+    default_lr = 1e-2
+
+    @classmethod
+    def unfit(cls, site, opt):
+        h, w = site.img_size
+        if h != w:
+            return f"pictures of {h} x {w} pixels have no square frame"
+        inner, width = sizes(site, opt)
+        if opt.prompt == "expansive" and inner >= h:
+            return f"size {inner} leaves no frame around pictures of {h} pixels"
+        if opt.prompt == "additive" and 2 * width > h:
+            return f"width {width} is more than half of pictures of {h} pixels"
+        return no_source_classes(site)
+
+    mask: Tensor
+
+    def __init__(self, site, opt, num_classes):
+        super().__init__(site, opt, num_classes)
+        self.side = site.img_size[0]
+        self.inner, width = sizes(site, opt)
+        self.program = nn.Parameter(torch.zeros(3, self.side, self.side))
+        self.normalise = Normalise(site)
+        hole = self.inner if opt.prompt == "expansive" else self.side - 2 * width
+        mask = frame_mask(self.side, hole, (self.side - hole + 1) // 2, self.program.detach())
+        self.register_buffer("mask", mask, persistent=False)
+
+    def preprocessing(self, p):
+        raw = p.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        if self.opt.prompt == "additive":
+            return raw
+        return raw.but(crop=(self.inner, self.inner), exact=True, interpolation="bilinear")
+
+    def make_head(self, site, num_classes):
+        return LabelMap(site.source_head, num_classes)
+
+    def phases(self, recipe):
+        return [Phase(recipe, self.first_map)]
+
+    def network(self, images, run):
+        return run(self.normalise(self.prompted(images)))[0]
+
+    def prompted(self, images: Tensor) -> Tensor:
+        """Raw pixels (b, 3, size, size) -> (b, 3, side, side)."""
+        if self.opt.prompt == "additive":
+            return fitted(images, self.side) + self.program * self.mask
+        return padded(fitted(images, self.inner), self.side) + torch.sigmoid(self.program) * self.mask
+
+    def first_map(self, run):
+        head = run.model.head
+        if self.opt.mapping == "flm":
+            head.renew(run)
+        elif self.opt.mapping == "rlm":
+            drawn = torch.randperm(len(head.source.weight), generator=run.generator)[: self.num_classes]
+            head.map.copy_(drawn[:, None])
+
+    def start_epoch(self, run, epoch):
+        if self.opt.mapping == "ilm" and epoch % self.opt.interval == 0:
+            run.model.head.renew(run)
+
+
+def sizes(site, opt) -> tuple[int, int]:
+    """(pixels of the picture, pixels of an additive frame)"""
+    return opt.size or inner_side(site), opt.width or max(1, round(30 * site.img_size[0] / 224))

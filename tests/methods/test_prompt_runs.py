@@ -1,0 +1,221 @@
+"""Prompting methods in whole runs: what their phases make of data, and that it is saved, loaded and resumed."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from svp.backbones.create import create_backbone
+from svp.backbones.vit import Vit
+from svp.errors import SvpError
+from svp.model import adapt, load
+from svp.training import loop
+from svp.training.loop import fit
+from svp.training.recipe import Recipe
+from training.small import splits
+
+RECIPE = Recipe(epochs=1, batch_size=16, lr=1e-2, eval_batch_size=16)
+METHODS = {
+    "e2vpt": dict(num_tokens=4, kv_tokens=2),
+    "spt": dict(num_tokens=3),
+    "damvp": dict(max_clusters=3),
+    "autovp": dict(mapping="iter", num_map=2),
+    "ilm_vp": {},
+    "sa2vp": dict(hidden=2),
+    "insvp": dict(num_tokens=2, hidden=2, kernels=[3, 5]),
+}
+MORE = [
+    ("e2vpt", dict(preset="published", num_tokens=4, kv_tokens=2, share_kv=False)),
+    ("e2vpt", dict(num_tokens=4, prune_tokens=0.0, prune_pieces=0.0)),
+    ("e2vpt", dict(num_tokens=4, masks=False, kv_tokens=0)),
+    ("spt", dict(num_tokens=3, prototypes="mean")),
+    ("spt", dict(num_tokens=3, prototypes="max", preset="published")),
+    ("spt", dict(num_tokens=3, prototypes="kmeans")),
+    ("spt", dict(num_tokens=3, deep=False)),
+    ("damvp", dict(preset="head_free", max_clusters=3)),
+    ("autovp", dict(mapping="fully")),
+    ("autovp", dict(mapping="freq", learnable=False, scale=0.7)),
+    ("ilm_vp", dict(mapping="flm", prompt="additive")),
+    ("ilm_vp", dict(mapping="rlm")),
+    ("sa2vp", dict(hidden=2, attn="acc", preset="published")),
+    ("insvp", dict(num_tokens=2, hidden=2, kernels=[3, 5], preset="published", simam=True)),
+    ("insvp", dict(tokens=False, hidden=2, kernels=[3, 5])),
+]
+
+
+def vim():
+    return create_backbone("vim_tiny", depth=2, embed_dim=16, d_state=4, patch_size=8, img_size=16, num_classes=9)
+
+
+def vit(depth=6):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Vit(
+            "vit", embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2, patch_size=8, img_size=16, num_classes=9
+        ).eval()
+    net.name, net.overrides = "vit_nano", {}
+    return net
+
+
+BACKBONES = {"vim": vim, "vit": vit}
+
+
+def cases():
+    return [("vit", m, o) for m, o in [*METHODS.items(), *MORE]] + [
+        ("vim", m, o) for m, o in METHODS.items() if m != "sa2vp"
+    ]
+
+
+@pytest.mark.parametrize(
+    "backbone,method,options", cases(), ids=lambda x: x if isinstance(x, str) else ",".join(map(str, x.values()))
+)
+def test_trains_and_comes_back(backbone, method, options, tmp_path):
+    net = BACKBONES[backbone]()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    model = adapt(net, method, num_classes=3, **options)  # the probe has found an effect of every tensor
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    run = fit(model, splits(train=16, val=6, test=6), recipe=RECIPE, out=tmp_path)
+    assert 0 <= run.test_accuracy <= 1
+    changed = [name for name, t in model.state_dict().items() if name not in start or not torch.equal(t, start[name])]
+    assert changed
+    assert all(torch.equal(t, net.state_dict()[name]) for name, t in before.items())
+    images = torch.rand(2, 3, *model.preprocessing.crop)
+    again = load(tmp_path, backbone=net)
+    assert torch.equal(model.eval()(images), again(images))
+    assert again.num_trainable(True) == model.num_trainable(True)
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method,step", [("e2vpt", 1), ("e2vpt", 3), ("damvp", 1), ("autovp", 2)])
+def test_a_killed_run_ends_in_the_same_numbers(method, step, tmp_path, monkeypatch):
+    data, recipe = splits(train=32, val=6, test=6), RECIPE.but(epochs=2 if method == "autovp" else 1)
+
+    def model():
+        return adapt(vit(), method, num_classes=3, probe=False, **METHODS[method])
+
+    whole = model()
+    fit(whole, data, recipe=recipe, out=tmp_path / "whole")
+    real = loop.Training.tell_step
+
+    def tell_step(self, *args):
+        real(self, *args)
+        if self.progress.total_steps == step:
+            self.save()
+            raise Crash
+
+    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
+    with pytest.raises(Crash):
+        fit(model(), data, recipe=recipe, out=tmp_path / "half")
+    monkeypatch.setattr(loop.Training, "tell_step", real)
+    half = model()
+    fit(half, data, recipe=recipe, out=tmp_path / "half", resume=True)
+    for (name, want), got in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
+        assert torch.equal(want, got), name
+
+
+def test_pruning_masks_its_shares_and_rewinds(tmp_path):
+    model = adapt(
+        vit(), "e2vpt", num_classes=3, num_tokens=4, kv_tokens=2, pieces=8, prune_tokens=0.5, prune_pieces=0.3
+    )
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    method, seen = model.method, []
+    prune = method.prune
+
+    def watched(run):
+        trained = model.state_dict()["method.prompts"].clone()
+        prune(run)
+        seen.append((trained, {name: t.clone() for name, t in model.state_dict().items()}))
+
+    method.prune = watched
+    fit(model, splits(train=16, val=6, test=6), recipe=RECIPE)
+    trained, rewound = seen[0]
+    assert not torch.equal(trained, start["method.prompts"]) and torch.equal(
+        rewound["method.prompts"], start["method.prompts"]
+    )
+    assert torch.equal(rewound["head.weight"], start["head.weight"])
+    assert (method.token_mask == 0).sum() == 2 and ((method.piece_mask == 0).sum(1) == 2).all()
+    assert not method.token_mask.requires_grad and not method.opt.masks_train
+    fresh = adapt(vit(), "e2vpt", num_classes=3, num_tokens=4, kv_tokens=2, preset="published")
+    start = fresh.method.prompts.detach().clone()
+    method, seen = fresh.method, []
+    fresh.method.prune = lambda run: (type(method).prune(method, run), seen.append(method.prompts.detach().clone()))
+    fit(fresh, splits(train=16, val=6, test=6), recipe=RECIPE)
+    assert not torch.equal(seen[0], start)
+
+
+def test_clusters_are_found_kept_and_given(tmp_path):
+    model = adapt(vit(), "damvp", num_classes=3, threshold=1e-6)
+    fit(model, splits(train=8, val=6, test=6), recipe=RECIPE, out=tmp_path / "run")
+    assert model.method.opt.clusters == len(model.method.up) == 8 and len(model.method.prototypes) == 8
+    assert model.specs[0][1]["clusters"] == 8
+    feature = model.method.prototypes[[3, 5]]
+    assert model.method.nearest(feature).tolist() == [3, 5]
+    save_file({f"pad_{part}": torch.ones(1, *getattr(model.method, part).shape[1:]) for part in ("up", "down", "left", "right")},
+              tmp_path / "meta.safetensors")  # fmt: skip
+    started = adapt(vit(), "damvp", num_classes=3, clusters=2, meta=str(tmp_path / "meta.safetensors"))
+    fit(started, splits(train=8, val=6, test=6), recipe=RECIPE.but(lr=1e-9))
+    assert torch.allclose(started.method.up, torch.ones(()), atol=1e-6)
+
+
+def test_a_map_by_frequency_follows_what_the_network_says():
+    model = adapt(vit(), "ilm_vp", num_classes=3, mapping="flm")
+    fit(model, splits(train=16, val=6, test=6), recipe=RECIPE.but(lr=1e-9))
+    assert len(set(model.head.map.flatten().tolist())) == 3
+    assert "head.map" in model.state_dict() and not any("source" in name for name in model.state_dict())
+
+
+def test_semantic_maps_need_embeddings(tmp_path):
+    with pytest.raises(SvpError, match="needs embeddings"):
+        adapt(vit(), "autovp", num_classes=3, mapping="semantic")
+    path = tmp_path / "names.safetensors"
+    save_file({"source": torch.eye(9), "target": torch.eye(9)[[4, 0, 7]].contiguous()}, path)
+    model = adapt(vit(), "autovp", num_classes=3, mapping="semantic", embeddings=str(path))
+    fit(model, splits(train=16, val=6, test=6), recipe=RECIPE, out=tmp_path / "run")
+    assert model.head.map.flatten().tolist() == [4, 0, 7]
+    path.unlink()  # the map is in the adapter
+    assert load(tmp_path / "run", backbone=vit()).head.map.flatten().tolist() == [4, 0, 7]
+    with pytest.raises(SvpError, match="gives no embeddings"):
+        fit(adapt(vit(), "autovp", num_classes=3, mapping="semantic", embeddings=str(path)), splits(), recipe=RECIPE)
+
+
+REFUSED = [
+    ("vit", "e2vpt", dict(pieces=7), "width 16 do not divide into 7 pieces"),
+    ("vit", "e2vpt", dict(position="post"), "attention knows no order"),
+    ("vit", "spt", dict(prototypes="mean", num_tokens=20), "4 patches cannot be pooled in 20 windows"),
+    ("vit", "damvp", dict(size=8), "size 8 leaves nothing"),
+    ("vit", "autovp", dict(scale=2.0), "scale 2 leaves no frame"),
+    ("vit", "autovp", dict(mapping="freq", num_map=4), "4 source classes for each of 3"),
+    ("vit", "ilm_vp", dict(size=16), "size 16 leaves no frame"),
+    ("vim", "sa2vp", {}, "frozen projections of attention blocks"),
+    ("vit", "insvp", dict(kernels=[4, 5]), "two odd sizes"),
+]
+
+
+@pytest.mark.parametrize("backbone,method,options,reason", REFUSED)
+def test_what_cannot_act_says_why(backbone, method, options, reason):
+    with pytest.raises(SvpError, match=reason):
+        adapt(BACKBONES[backbone](), method, num_classes=3, **options)
+
+
+@pytest.mark.parametrize("method", ["autovp", "ilm_vp"])
+def test_maps_need_source_classes(method):
+    for net, reason in ((vim(), "no source head"), (vit(), "projection")):
+        if reason == "projection":
+            net.name = "vit_base_patch16_clip_224.openai"
+        else:
+            net.reset_classifier(0)
+        with pytest.raises(SvpError, match=reason):
+            adapt(net, method, num_classes=3)
+
+
+def test_a_last_block_for_prompts_alone_is_refused():
+    with pytest.raises(SvpError, match="of 5 blocks the last would change the prompts alone"):
+        adapt(vit(5), "sa2vp", num_classes=3)
+
+
+def test_an_adapted_form_is_labelled():
+    model = adapt(vim(), "e2vpt", num_classes=3, num_tokens=2)
+    assert model.labels == ("e2vpt_in",) and model.summary().startswith("e2vpt_in on vim_tiny")
+    assert adapt(vit(), ["e2vpt", "lora"], num_classes=3).labels == ("e2vpt", "lora")
