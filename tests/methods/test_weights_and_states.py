@@ -11,9 +11,13 @@ from svp.backbones.vim import VARIANTS, Vim
 from svp.backbones.vit import Vit
 from svp.errors import SvpError
 from svp.methods.base import options_of
-from svp.model import adapt
+from svp.model import adapt, load
 from svp.registry import method_class
 from svp.seams import Seams
+from svp.training import loop
+from svp.training.loop import fit
+from training.small import RECIPE, splits
+from training.small import model as small_model
 
 
 def net_of(kind, **more):
@@ -398,6 +402,54 @@ def test_sdt_trains_in_two_phases(images):
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(other(images), model(images))
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crash_at", [3, 9])  # in the warm-up, and after the choice
+def test_sdt_in_a_whole_run_that_is_resumed(crash_at, tmp_path, monkeypatch):
+    options = dict(freeze_channels=0.8, freeze_states=0.5, warmup_epochs=2)
+    recipe = RECIPE.but(epochs=2, lr=3e-2)
+    whole = small_model("sdt", **options)
+    assert fit(whole, splits(), recipe=recipe).result["epochs"] == 4
+    assert any(p.any() for p in whole.method.A) and not len(whole.method.warm)
+    real = loop.Training.tell_step
+
+    def tell_step(self, *args):
+        real(self, *args)
+        if self.progress.total_steps == crash_at:
+            raise Crash
+
+    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
+    with pytest.raises(Crash):
+        fit(small_model("sdt", **options), splits(), recipe=recipe, out=tmp_path, checkpoint_seconds=0)
+    monkeypatch.setattr(loop.Training, "tell_step", real)
+    resumed = small_model("sdt", **options)
+    fit(resumed, splits(), recipe=recipe, out=tmp_path, resume=True)
+    for (name, a), (_, b) in zip(resumed.state_dict().items(), whole.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    again = load(tmp_path, backbone=whole.backbone)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), whole.eval()(x))
+
+
+SAVED = [("vim", *r) for r in [*ON_VIM, *NOT_MERGED["vim"]]] + [("vit", *r) for r in [*ON_VIT, *NOT_MERGED["vit"]]]
+
+
+@pytest.mark.parametrize("kind,method,options", SAVED, ids=str)
+def test_every_form_is_saved_and_loaded(kind, method, options, images, tmp_path):
+    net = net_of(kind)
+    model = stirred(adapt(net, method, num_classes=3, probe=False, **options)).eval()
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a", net)
+    for name, value in model.state_dict().items():  # stored as they are
+        assert torch.equal(again.state_dict()[name], value), name
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
 
 
 def test_what_is_adapted_is_labelled():
