@@ -9,6 +9,7 @@ from svp.registry import BACKBONES
 
 TINY = {  # one small backbone of each family
     "vim_nano": dict(depth=3, img_size=32),
+    "vit_nano": dict(depth=3, img_size=32),
 }
 FAMILIES = {entry.module for entry in BACKBONES.entries().values() if entry.entry_point is None}
 
