@@ -1,9 +1,11 @@
 """Writes the tables of README.md and docs/*.md between their markers; --check only says which ones are stale.
 
+    python docs/tables.py [--check]
+    python docs/tables.py --keep NAME FILE     what `svp train … --json` wrote to FILE becomes docs/results/NAME.json
+
     <!-- table: NAME --> … <!-- /table -->
 
-NAME is `methods`, `backbones` or `published` (read from the source files), else docs/results/NAME.json, as `svp train … --json` prints
-it. Numbers of runs stand in the documents only through such files.
+NAME is `methods`, `backbones` or `published` (read from the source files), else docs/results/NAME.json. Numbers of runs stand in the documents only through such files.
 """
 
 import ast
@@ -95,7 +97,6 @@ def cells(line: dict) -> dict[str, str]:
         f"{line['split']} accuracy, %": f"{100 * line['mean']:.1f}"
         + (f" ± {100 * half:.1f}" if half is not None else ""),
         "validation, %": f"{100 * sum(val) / len(val):.1f}" if val else "-",
-        "time": "-" if line["seconds"] is None else f"{line['seconds']:,.0f} s",
     }
 
 
@@ -108,8 +109,8 @@ def origin(runs: list[dict]) -> str:
     return (
         f"{first['backbone']} at {first['img_size'][0]} px on {source(first['source'])} "
         f"({sizes['train']:,} / {sizes['val']:,} / {sizes['test']:,} pictures), {first['epochs']} epochs, "
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{several}; svp {first['versions']['svp']}, "
-        f"torch {first['versions']['torch']}, {first['timing']['device']}, {first['timing']['threads']} threads."
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{several}; torch {first['versions']['torch']}, "
+        f"{first['timing']['device']}."
     )
 
 
@@ -125,7 +126,25 @@ def markdown(heads, rows) -> str:
     return "".join(f"| {text} |\n" for text in (" | ".join(heads), line, *(" | ".join(row) for row in rows)))
 
 
+def keep(name: str, path: str) -> None:
+    """The part of a command's JSON that tables show; folders of somebody's machine stay out of it."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    fields = ("method", "backbone", "img_size", "source", "epochs", "seed", "recipe", "lr_used", "fingerprint")
+    runs = []
+    for run in found["runs"]:
+        kind, colon, folder = run["source"].partition(":")
+        values = {key: run[key] for key in fields} | {"source": f"{kind}{colon}{Path(folder).name}"}
+        values["data"] = {key: run["data"][key] for key in ("hash", "sizes")}
+        runs.append({**values, "versions": run["versions"], "timing": run["timing"]})
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"table": found["table"], "runs": runs}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
 def main(words: list[str]) -> int:
+    if words[:1] == ["--keep"]:
+        keep(*words[1:])
+        return main([])
     stale = []
     for path in documents():
         old = path.read_text(encoding="utf-8")
