@@ -205,9 +205,9 @@ def test_every_replaced_weight_changes_the_output(net, images, kernel, dtype, le
         assert len(names) == 5 + 17 * DEPTH
         for name in names:
             assert not torch.equal(net.features(images, Scaled(name)), plain), name
-        sizes = {"in_proj": 4 * D, "out_proj": D, "x_proj": 1 + 8, "x_proj_b": 1 + 8}
+        sizes = {"in_proj": 4 * D, "out_proj": D, "x_proj": 1 + 8, "x_proj_b": 1 + 8, "norm_f": D}
         for slot in sorted(net.site_slots()):
-            width = sizes[slot.split(".")[3]]
+            width = sizes[slot.split(".")[-2]]
             assert not torch.equal(net.features(images, Scaled(slot, fill=torch.ones(width, dtype=dtype))), plain), slot
         assert torch.equal(net.features(images, Seams()), plain)
     finally:

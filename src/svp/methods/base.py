@@ -109,7 +109,7 @@ class Several(Method):
         self.num_classes = parts[0][1].num_classes
         self.parts = nn.ModuleDict(dict(parts))
         self.known_inert = tuple(f"parts.{name}.{pattern}" for name, part in parts for pattern in part.known_inert)
-        self.stack = Stack(sorted((part for _, part in parts), key=lambda part: part.changes_shapes))
+        self.stack = Stack([part for _, part in sorted(parts, key=lambda pair: pair[1].changes_shapes)])
 
     def acts(self, seam):
         return self.stack.acts(seam)
