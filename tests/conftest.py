@@ -1,6 +1,7 @@
 """What holds for every test: one thread, the folder of shared material, no network, NaN in fresh memory."""
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def shared():
 
 def pytest_configure(config):
     """One thread here and in the processes that tests start: several test processes share the cores. Seeded examples."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # started in the background of a shell: children would be deaf
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     settings.register_profile("svp", deadline=None, derandomize=True)

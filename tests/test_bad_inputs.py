@@ -390,7 +390,7 @@ NAMES = [
     refused(28, "an unknown protocol", f"{TRAIN} --protocol svp-papr", "no protocol 'svp-papr'", "did you mean svp-paper.*svp list protocols", "usage"),
     refused(29, "a preset that needs another grid", f"{TRAIN} --method svp:published --img-size 24",
             "svp cannot act on vim_nano: .*even number of patches; vim_nano has 9 patches", "svp list methods svp", "usage"),
-    refused(29, "a method for Mamba on another network", lambda: lora_on_attention(), "lora cannot act on .*: its targets are those of Mamba blocks", "svp list methods lora", "usage"),
+    refused(29, "a method for Mamba on another network", lambda: lora_on_attention(), "lora cannot act on .*: it knows the layers of Vim and of a ViT only", "svp list methods lora", "usage"),
     refused(30, "an option of another method", f"{TRAIN} --method svp -s lora_r=8", "no option of method svp named 'lora_r'", "svp list methods svp", "usage"),
     refused(30, "a mistyped option", f"{TRAIN} --method svp -s hiden=8", "no option of method svp named 'hiden'", "did you mean hidden", "usage"),
     refused(30, "an option of a method as a flag", f"{TRAIN} --method lora --rank 8", "no option --rank of svp train", "-s rank=", "usage"),
@@ -400,14 +400,14 @@ NAMES = [
     refused(31, "targets that match nothing", f"{TRAIN} --method lora -s rank=4 -s 'targets=[q_proj, out_proj, v_proj]'",
             "targets q_proj, v_proj are none of in_proj, X, Z, out_proj", "svp list methods lora", "usage"),
     refused(31, "no target", f"{TRAIN} --method lora -s rank=4 -s 'targets=[]'", "targets .*empty", "svp list methods lora", "usage"),
-    refused(31, "a text for a list", f"{TRAIN} --method lora -s targets=X", "targets of method lora is 'X', expected list of text", r"\[", "usage"),
+    refused(31, "a text for a list", f"{TRAIN} --method lora -s targets=X", "targets of method lora is 'X', expected list of text or none", "the default is none", "usage"),
     refused(32, "a block that is not there", f"{TRAIN} --method svp -s 'layers=[0, 99]'", r"layer 99 is out of range: vim_nano has blocks 0…1", "svp list methods svp", "usage"),
     refused(32, "a block below zero", f"{TRAIN} --method svp -s 'layers=[-1]'", r"layer -1 is out of range: vim_nano has blocks 0…1", "svp list methods svp", "usage"),
     refused(32, "no block", f"{TRAIN} --method svp -s 'layers=[]'", "layers is empty", "svp list methods svp", "usage"),
     refused(33, "prompts of width 0", f"{TRAIN} --method svp -s hidden=0", "hidden of method svp is 0, expected at least 1", "default is 64", "usage"),
     refused(33, "prompts of negative width", f"{TRAIN} --method svp -s hidden=-3", "hidden of method svp is -3, expected at least 1", "default is 64", "usage"),
     refused(33, "prompts wider than any memory", f"{TRAIN} --method svp -s hidden=10000000000000", "hidden of method svp is 10000000000000, expected .*at most", "default is 64", "usage"),
-    refused(34, "a rank larger than the layer", f"{TRAIN} --method lora -s rank=1000", r"rank 1000 is larger than the widest layer \(32\)", "svp list methods lora", "usage"),
+    refused(34, "a rank larger than the layer", f"{TRAIN} --method lora -s rank=1000", r"rank 1000 is larger than the widest layer \(64\)", "svp list methods lora", "usage"),
 ]  # fmt: skip
 
 NUMBERS = [

@@ -205,9 +205,9 @@ def test_merged_is_unmerged_whatever_the_order(methods, images):
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 BAD = [
-    ("vim", "lora", dict(targets=("x_porj",)), "did you mean x_proj"), ("vim", "lora", dict(targets=("q",)), "target 'q' is none of"),
-    ("vit", "lora", dict(targets=("X",)), "target 'X' is none of"), ("vit", "lora", dict(targets=("fc3",)), "did you mean fc"),
-    ("vim", "lora", dict(targets=()), "no target is named"), ("vim", "lora", dict(targets=("X", "X")), "stands twice"),
+    ("vim", "lora", dict(targets=("x_porj",)), "did you mean x_proj"), ("vim", "lora", dict(targets=("q",)), "targets q are none of"),
+    ("vit", "lora", dict(targets=("X",)), "targets X are none of"), ("vit", "lora", dict(targets=("fc3",)), "did you mean fc"),
+    ("vim", "lora", dict(targets=()), "targets is empty"), ("vim", "lora", dict(targets=("X", "X")), "stands twice"),
     ("vim", "lora", dict(rank=4, dora=True, dropout=0.1), "dropout must be 0"), ("vim", "lora", dict(rank=999), "larger than"),
     ("vim", "affix", dict(type="inner_single_suffix"), "a suffix never learns"), ("vim", "affix", dict(type="inner_dual_infix"), "not offered"),
     ("vim", "affix", dict(type="inner_dual_prefx"), "did you mean inner_dual_prefix"), ("vit", "affix", {}, "take prefix_tuning"),
