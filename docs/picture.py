@@ -76,6 +76,7 @@ def draw(runs: Path) -> Figure:
         )
     axis = right.subplots()
     table = json.loads((DOCS / "results/digits.json").read_text(encoding="utf-8"))["table"]
+    low = max(0, 5 * (min(100 * line["mean"] for line in table) // 5) - 5)
     for at, line in enumerate(reversed(table)):
         color = GREEN if line["method"] == "svp" else GREY
         axis.barh(
@@ -88,18 +89,17 @@ def draw(runs: Path) -> Figure:
             capsize=3,
         )
         axis.text(
-            100 * line["mean"] - 0.4,
+            low + 0.5,
             at,
             f"{100 * line['mean']:.1f}",
             va="center",
-            ha="right",
+            ha="left",
             color="white",
             fontsize=10,
             weight="bold",
         )
     axis.set_yticks(range(len(table)), [line["method"].replace(", ", ",\n") for line in reversed(table)])
-    low = min(100 * line["mean"] for line in table)
-    axis.set_xlim(max(0, 5 * (low // 5) - 5), 100)
+    axis.set_xlim(low, 100)
     axis.set_xlabel("test accuracy, %", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
