@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from svp.methods._reprogram import LabelMap
 from svp.methods.base import Method
 from svp.options import option
 
@@ -59,7 +60,7 @@ class VP(Method):
             self.patch = nn.Parameter(torch.randn(1, 3, q, q))
 
     def make_head(self, site, num_classes):
-        return FirstLogits(site.source_head, num_classes) if self.opt.head == "source" else None
+        return LabelMap(site.source_head, num_classes) if self.opt.head == "source" else None
 
     def network(self, images, run):
         return run(images + self.prompt().to(images.dtype))[0]
@@ -92,16 +93,3 @@ def framed(up: Tensor, down: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def size_of(site, opt) -> int:
     return opt.size or max(1, round(30 * min(site.img_size) / 224))
-
-
-class FirstLogits(nn.Module):
-    """feature (b, d) -> the first logits (b, C) of a frozen source head."""
-
-    def __init__(self, source: nn.Module, num_classes: int):
-        super().__init__()
-        weight, bias = source.weight.detach(), source.bias.detach()  # type: ignore[union-attr, operator]
-        self.register_buffer("weight", weight[:num_classes].clone())  # type: ignore[index]
-        self.register_buffer("bias", bias[:num_classes].clone())  # type: ignore[index]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
