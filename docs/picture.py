@@ -54,26 +54,9 @@ def draw(runs: Path) -> Figure:
             continue
         name, truth, before, after = row
         axis.imshow(np.asarray(test.picture(place[name])), interpolation="nearest")
-        axis.text(
-            0.5,
-            -0.06,
-            f"linear: {before}",
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=9,
-            color=GREEN if before == truth else RED,
-        )
-        axis.text(
-            0.5,
-            -0.26,
-            f"svp: {after}",
-            transform=axis.transAxes,
-            ha="center",
-            va="top",
-            fontsize=9,
-            color=GREEN if after == truth else RED,
-        )
+        for height, method, label in ((-0.06, "linear", before), (-0.26, "svp", after)):
+            colour = GREEN if label == truth else RED
+            axis.text(0.5, height, f"{method}: {label}", transform=axis.transAxes, ha="center", va="top", fontsize=9, color=colour)  # fmt: skip
     axis = right.subplots()
     table = json.loads((DOCS / "results/digits.json").read_text(encoding="utf-8"))["table"]
     low = max(0, 5 * (min(100 * line["mean"] for line in table) // 5) - 5)
