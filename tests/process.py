@@ -1,4 +1,4 @@
-"""`svp` in a process of its own, forked from one that has loaded torch already."""
+"""Processes of their own, and `svp` in one; forked from one that has loaded torch already."""
 
 import multiprocessing
 import os
@@ -8,27 +8,20 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
-    CONTEXT.set_forkserver_preload(["process", "svp.training.loop"])
+    CONTEXT.set_forkserver_preload(["process", "training.victim", "svp.training.loop", "torch._dynamo"])
 
 
-class Command:
-    """A command line at work.
+class Forked:
+    """A process that runs target(said, *args), said being the two files for what it prints and prints as errors."""
 
-    environment  variables to set;  encoding: of what is printed
-    memory       bytes that may be taken beside those of the loaded program
-    """
-
-    def __init__(self, *words, environment=None, encoding="utf-8", memory=None):
+    def __init__(self, target, *args):
         self.paths = [Path(tempfile.mkstemp(prefix=f"svp-{name}-")[1]) for name in ("output", "errors")]
-        said = [str(path) for path in self.paths]
-        self.process = CONTEXT.Process(
-            target=live, args=(said, words, os.getcwd(), environment or {}, encoding, memory)
-        )
+        self.process = CONTEXT.Process(target=target, args=([str(path) for path in self.paths], *args))
         self.process.start()
 
     @property
     def returncode(self):
-        """None while it runs."""
+        """None while it runs; -9 after SIGKILL."""
         return self.process.exitcode
 
     def send(self, kind):
@@ -46,14 +39,30 @@ class Command:
         return said
 
 
+class Command(Forked):
+    """A command line at work.
+
+    environment  variables to set;  encoding: of what is printed
+    memory       bytes that may be taken beside those of the loaded program
+    """
+
+    def __init__(self, *words, environment=None, encoding="utf-8", memory=None):
+        super().__init__(live, words, os.getcwd(), environment or {}, encoding, memory)
+
+
+def redirect(said):
+    """What this process prints goes to the two files."""
+    for stream, path in zip((1, 2), said, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY), stream)
+
+
 def live(said, words, folder, environment, encoding, memory):
     """The life of a command: streams, folder and environment as a shell would give them, then `svp`."""
     import torch
 
     from svp.cli.main import main
 
-    for stream, path in zip((1, 2), said, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY), stream)
+    redirect(said)
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     os.chdir(folder)
