@@ -1,8 +1,8 @@
-"""How the weights in the box are made: vim_nano from random weights on a folder of Parquet files, first at half its size.
+"""How the weights in the box are made: a small backbone from random weights on a folder of Parquet files, first at half its size.
 
-    python benchmarks/pretrain_nano.py parquet:DIR OUT --epochs 3 --finish-share 0.35
+    python benchmarks/pretrain_nano.py vim_nano parquet:DIR OUT --epochs 3 --finish-share 0.35
 
-Two ordinary runs of `svp.fit` with method `full`; OUT gets both run folders, vim_nano.safetensors (fp16) and facts.json,
+Two ordinary runs of `svp.fit` with method `full`; OUT gets both run folders, NAME.safetensors (fp16) and facts.json,
 the file from which the model card's numbers come.
 """
 
@@ -53,6 +53,7 @@ def curve(run: Path, img_size: int) -> list[dict]:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("backbone", choices=("vim_nano", "vit_nano"))
     words.add_argument("source")
     words.add_argument("out", type=Path)
     words.add_argument("--epochs", type=int, default=3, help="passes at 32 pixels")
@@ -64,21 +65,21 @@ def main() -> None:
     torch.set_num_threads(opt.threads)
     data = open_data(opt.source)
     quick = data.but(val=share(data.val, 0.2))
-    net = create_backbone("vim_nano", img_size=32, num_classes=data.num_classes)
+    net = create_backbone(opt.backbone, img_size=32, num_classes=data.num_classes)
     _, small, first = stage(net, quick, recipe_named("pretrain-nano").but(epochs=opt.epochs), opt.out / "32px")
-    save_backbone(small, opt.out / "vim_nano_32px.safetensors")
+    save_backbone(small, opt.out / f"{opt.backbone}_32px.safetensors")
 
     finish = recipe_named("pretrain-nano-finish").but(epochs=1)
-    large = create_backbone("vim_nano", weights=opt.out / "vim_nano_32px.safetensors")
+    large = create_backbone(opt.backbone, weights=opt.out / f"{opt.backbone}_32px.safetensors")
     model, net, second = stage(large, quick.but(train=share(data.train, opt.finish_share, 1)), finish, opt.out / "64px")
-    save_backbone(net, opt.out / "vim_nano.safetensors", torch.float16, classes=list(data.classes))
+    save_backbone(net, opt.out / f"{opt.backbone}.safetensors", torch.float16, classes=list(data.classes))
     measured = evaluate(model, data, "val", batch_size=250)
-    half = create_backbone("vim_nano", weights=opt.out / "vim_nano.safetensors", img_size=32)
+    half = create_backbone(opt.backbone, weights=opt.out / f"{opt.backbone}.safetensors", img_size=32)
     model_32 = adapt(half, "linear", num_classes=data.num_classes, classes=data.classes, probe=False)
     model_32.head.load_state_dict(half.head.state_dict())
     measured_32 = evaluate(model_32, data, "val", batch_size=500)
     facts = {
-        "backbone": "vim_nano", "parameters": sum(p.numel() for p in net.parameters()), "source": opt.source.split("/")[-1],
+        "backbone": opt.backbone, "parameters": sum(p.numel() for p in net.parameters()), "source": opt.source.split("/")[-1],
         "val_accuracy": measured.accuracy, "val_top5": measured.top5, "val_pictures": len(data.val),
         "val_accuracy_at_32_px": measured_32.accuracy, "val_top5_at_32_px": measured_32.top5,
         "pictures_seen": opt.epochs * len(data.train) + round(opt.finish_share * len(data.train)),
