@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair, rms_norm
 from svp.backbones.checkpoints import recognise  # noqa: F401  one of the questions that every family answers
 from svp.errors import SvpError
-from svp.ops import causal_conv1d, selective_scan
+from svp.ops import Direction, causal_conv1d, mixer, selective_scan
 from svp.preprocessing import Preprocessing
 from svp.seams import BlockSite, Scan, Seams, Site, Tokens, Weights
 
@@ -263,12 +263,32 @@ class Block:
         if memory is not None and not isinstance(memory, Scan):
             raise SvpError(f"block {self.i} of {net.name} holds a scan, the method gives it {type(memory).__name__}")
         xz = beside(linear(mod.in_proj, w, "in_proj", h), h, extra, "in_proj")
-        x, z = xz.chunk(2, dim=-1)  # (b, l, e) each
-        y = directions(mod, w, x, net.scan_type, memory or Scan(), net.kernel)
-        y = y * F.silu(z)
-        y = y * 0.5 if net.divide_out else y
+        scale, memory = 0.5 if net.divide_out else 1.0, memory or Scan()
+        if net.scan_type == "v2" and all(is_plain(getattr(mod, name)) for name in INNER):
+            pair = (direction(w, twin, memory.direction(k)) for k, twin in enumerate(("", "_b")))
+            y = mixer(xz, *pair, scale=scale, kernel=net.kernel)
+        else:
+            x, z = xz.chunk(2, dim=-1)  # (b, l, e) each
+            y = directions(mod, w, x, net.scan_type, memory, net.kernel) * F.silu(z) * scale
         out = beside(linear(mod.out_proj, w, "out_proj", y), y, extra, "out_proj")
         return out * w["gamma"] if "gamma" in w else out
+
+
+INNER = ("x_proj", "dt_proj", "x_proj_b", "dt_proj_b")  # a hook or wrapper on one of them acts on the path of single ops
+
+
+def direction(w: Weights, twin: str, memory: Scan) -> Direction:
+    """The tensors in force of one direction."""
+    return Direction(
+        w[f"conv1d{twin}.weight"].squeeze(1), w.get(f"conv1d{twin}.bias"), w[f"x_proj{twin}.weight"],
+        w.get(f"x_proj{twin}.bias"), w[f"dt_proj{twin}.weight"], w.get(f"dt_proj{twin}.bias"),
+        negative_exp(w["A_b_log" if twin else "A_log"]), w["D" + twin], *memory,
+    )  # fmt: skip
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A (e, n), in float32 or wider."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
 def directions(mod: nn.Module, w: Weights, x: Tensor, scan_type: str, memory: Scan, kernel: str) -> Tensor:
@@ -296,8 +316,7 @@ def scan_one_way(
 ) -> Tensor:
     """u (b, l, e) -> scan with the input-dependent delta, B, C of one direction, plus the skip term D u."""
     x_proj, dt_proj = getattr(mod, f"x_proj{twin}"), getattr(mod, f"dt_proj{twin}")
-    A_log = w[a_name]
-    A = -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())  # (e, n)
+    A = negative_exp(w[a_name])  # (e, n)
     n = A.shape[1]
     p = linear(x_proj, w, f"x_proj{twin}", u)  # (b, l, r + 2n): delta's code, B, C
     r = p.shape[-1] - 2 * n
