@@ -111,6 +111,10 @@ class Several(Method):
         self.known_inert = tuple(f"parts.{name}.{pattern}" for name, part in parts for pattern in part.known_inert)
         self.stack = Stack([part for _, part in sorted(parts, key=lambda pair: pair[1].changes_shapes)])
 
+    @property
+    def acts_before_blocks(self):
+        return self.stack.acts_before_blocks
+
     def acts(self, seam):
         return self.stack.acts(seam)
 

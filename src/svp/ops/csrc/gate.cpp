@@ -7,7 +7,6 @@ namespace svp {
 namespace SVP_NS {
 
 int gate_backward(const Gate& a) {
-  constexpr int64_t ROWS = 16;  // of one task
   const int64_t pieces = (a.length + ROWS - 1) / ROWS;
   return parallel(a.batch * pieces, a.threads, 0, [&](int64_t task, float*) {
     const int64_t picture = task / pieces, first = task % pieces * ROWS;

@@ -76,12 +76,32 @@ struct Gate {
   int threads;
 };
 
+constexpr int64_t ROWS = 16;  // tokens of a task of the two below; add_norm's cpu.py must agree
+
+struct AddNorm {
+  Rows x, residual, pre0, pre1;     // (b, l, d); backward: x is the stream
+  Rows dh, dstream;                 // backward only; dstream may be null
+  const float *scale0, *scale1;     // (d), or one number where step is 0
+  const float* weight;              // (d)
+  const int64_t* skip;              // (skips) tokens that get no term
+  float *h, *stream;                // (b, l, d) dense, forward
+  float* ds;                        // (b, l, d) dense, as dpre
+  float *dpre0, *dpre1;
+  float *dscale0, *dscale1;         // (tasks, d) each task's share; the caller adds them up in order
+  float* dweight;                   // or null when frozen
+  int64_t batch, length, width, skips;
+  float eps;
+  int step0, step1, silu0, silu1, threads;
+};
+
 struct Level {
   int (*scan_forward)(const Scan&);
   int (*scan_backward)(const Scan&);
   int (*conv_forward)(const Conv&);
   int (*conv_backward)(const Conv&);
   int (*gate_backward)(const Gate&);
+  int (*add_norm_forward)(const AddNorm&);
+  int (*add_norm_backward)(const AddNorm&);
   void (*exponentials)(float*, int64_t, int64_t);
 };
 
@@ -92,6 +112,8 @@ struct Level {
   int conv_forward(const Conv&);         \
   int conv_backward(const Conv&);        \
   int gate_backward(const Gate&);        \
+  int add_norm_forward(const AddNorm&);  \
+  int add_norm_backward(const AddNorm&); \
   void exponentials(float* p, int64_t count, int64_t rounds); \
   }
 SVP_DECLARE(level_0)

@@ -7,7 +7,6 @@ convolution and delta. Pictures are taken a few at a time, so that what lies bet
 from __future__ import annotations
 
 import ctypes
-import os
 
 import torch
 from torch import Tensor
@@ -155,7 +154,13 @@ class Grads:
             self.found.setdefault(name, t.new_empty(t.shape))[some] = part
 
     def scan(self, shares: dict[str, Tensor | None], some: slice) -> None:
-        for name, key in (("A", "dA"), ("D", "dD"), ("dt_bias", "ddelta_bias"), ("offset", "doffset"), ("bias", "dbias")):
+        for name, key in (
+            ("A", "dA"),
+            ("D", "dD"),
+            ("dt_bias", "ddelta_bias"),
+            ("offset", "doffset"),
+            ("bias", "dbias"),
+        ):
             share = shares[key]
             if share is not None:
                 self.add(name, share.sum(0))
@@ -182,18 +187,24 @@ class Grads:
             self.each("past", dpast.transpose(1, 2), some)
 
     def list(self) -> list[Tensor]:
-        nothing = self.w.conv.new_empty(0)
-        return [self.found[name].contiguous() if name in self.found else nothing.clone() for name in NAMES]
+        return [self.one(name, getattr(self.w, name), getattr(self.asked, name)) for name in NAMES]
+
+    def one(self, name: str, t: Tensor | None, asked: bool) -> Tensor:
+        if t is None or not asked:
+            return self.w.conv.new_empty(0)
+        return self.found[name].contiguous() if name in self.found else torch.zeros_like(t)  # no token: no gradient
 
 
 # -- its steps ---------------------------------------------------------------------------------------------------------
 
-GROUP_BYTES = int(os.environ.get("SVP_GROUP", 2**21))
+GROUP_BYTES = 2**22  # of one (b, l, e) tensor; fixed, so that sums over pictures have one order
 
 
 def groups(b: int, l: int, e: int) -> list[slice]:
     """Pictures whose (l, e) tensors are small enough to wait in the cache for the next step."""
-    count = max(1, GROUP_BYTES // max(1, 4 * l * e))
+    if not l:
+        return []
+    count = max(1, GROUP_BYTES // (4 * l * e))
     return [slice(first, min(first + count, b)) for first in range(0, b, count)]
 
 
@@ -263,6 +274,7 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _derivative(ctx, dout, *_):
@@ -277,4 +289,3 @@ def _no_second(ctx, *grads):
 
 register_autograd("svp::mixer_cpu", _derivative, setup_context=_keep, lib=LIB)
 register_autograd("svp::mixer_cpu_backward", _no_second, lib=LIB)
-
