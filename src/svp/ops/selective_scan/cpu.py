@@ -14,7 +14,7 @@ from svp.errors import SvpError
 from svp.ops import native
 from svp.ops.native import Call, Rows, fields, threads
 
-CHUNK, PANEL, PANELS = 16, 64, 4  # kernels.h: T, PANEL, PANELS
+CHUNK, PANEL, PANELS = 32, 64, 4  # kernels.h: T, PANEL, PANELS
 INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? h0, "
     "Tensor? offset, Tensor? bias"
