@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,7 +50,7 @@ def _exponentials() -> Probe:
 
 def gpu_exponentials(device: str) -> float | None:
     """Exponentials a second of a GPU's special-function units (16 a clock and multiprocessor), None where unknown."""
-    p = torch.cuda.get_device_properties(device)
+    p: Any = torch.cuda.get_device_properties(device)
     clock = getattr(p, "clock_rate", None)  # kHz
     return 16.0 * p.multi_processor_count * clock * 1e3 if clock else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svp.errors import SvpError
-from svp.studies.bench.peers import PEERS
+from svp.studies.bench.peers import PEERS, ours, vpt
 from svp.studies.bench.setting import Setting, Step
 
 DEPTH, GRID, BATCH = 2, 5, 2  # of the small network and its pictures
@@ -42,7 +42,7 @@ def check(setting: Setting, rows: Sequence[str]) -> list[dict[str, Any]]:
 
 def true_values(small: Setting, family: str, step: Step) -> dict[str, Tensor]:
     """The same step in float64: of a Vim through the reference kernel, of a ViT through our own ViT and method vpt."""
-    exact = PEERS["vpt" if family == "vit" else "ours"].build(small.but(kernel="reference", amp="off"))
+    exact = (vpt if family == "vit" else ours)(small.but(kernel="reference", amp="off"))
     prepared(exact)
     if family == "vit":
         take_over(exact.model, step.model)

@@ -132,17 +132,14 @@ def floor_of(
 def compare(table: list[dict[str, Any]], floor: dict[str, Any], setting: Setting) -> None:
     """Write what the numbers mean into every line: images a second, times the floor, relative to the ViT."""
     key = "cpu_seconds" if setting.uses_cpu_time else "seconds"
+    vits = {line["what"]: line for line in table if line["row"] == "vit"}
     for line in table:
-        best = line[key]["min"]
+        line.setdefault("memory_bytes", None)
+        best, own, vit = line[key]["min"], line["memory_bytes"], vits.get(line["what"])
         line["images_per_second"] = setting.batch_size / best
         line["over_floor"] = best / floor[line["what"]][key]["min"]
-        other = {o["row"]: o for o in table if o["what"] == line["what"]}
-        line["speed_over_vit"] = other["vit"][key]["min"] / best if "vit" in other else None
-        line["memory_over_vit"] = None
-    for line in table:
-        own = line.setdefault("memory_bytes", None)
-        vit = next((o["memory_bytes"] for o in table if (o["row"], o["what"]) == ("vit", line["what"])), None)
-        line["memory_over_vit"] = own / vit if own and vit else None
+        line["speed_over_vit"] = vit[key]["min"] / best if vit else None
+        line["memory_over_vit"] = own / vit["memory_bytes"] if own and vit and vit.get("memory_bytes") else None
 
 
 def size_of(setting: Setting) -> str:

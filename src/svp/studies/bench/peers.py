@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from svp.backbones.base import Backbone
 from svp.backbones.vit import Vit
+from svp.data.transforms import seeded
 from svp.model import adapt
 from svp.seams import Seams, Stack
 from svp.studies.bench.setting import CLASSES, PROMPTS, Setting, Step
@@ -176,14 +177,16 @@ class PromptedVit(nn.Module):
 
 
 def vit(setting: Setting) -> Step:
-    model = PromptedVit(twin_sizes(setting)).to(setting.device)
+    with seeded(0):
+        model = PromptedVit(twin_sizes(setting)).to(setting.device)
     return Step(setting, model, _resized(model, setting))
 
 
 def vpt(setting: Setting) -> Step:
     """The same through our own seams: what their generality costs."""
     sizes = twin_sizes(setting)
-    net = Vit("vit", **sizes).to(setting.device).eval()
+    with seeded(0):
+        net = Vit("vit", **sizes).to(setting.device).eval()
     for p in net.parameters():
         p.requires_grad_(False)
     model = adapt(net, ("vpt", {"num_tokens": PROMPTS, "dropout": 0.0}), num_classes=CLASSES, probe=False)

@@ -60,12 +60,12 @@ class Setting:
             )  # fmt: skip
         for p in net.parameters():
             p.requires_grad_(False)
-        return net.to(self.device)
+        return net if next(net.parameters()).is_meta else net.to(self.device)
 
     def shape(self) -> Backbone:
-        """The same network without memory behind its tensors: sizes and sites."""
+        """The same without memory behind its tensors: sizes and sites."""
         with torch.device("meta"):
-            return create_backbone(self.backbone, img_size=self.img_size, **self.overrides)
+            return self.network()
 
     def adapted(self, net: Backbone) -> AdaptedModel:
         return adapt(net, self.spec, num_classes=CLASSES, probe=False).to(self.device).train()
