@@ -42,7 +42,7 @@ def check(setting: Setting, rows: Sequence[str]) -> list[dict[str, Any]]:
 
 def true_values(small: Setting, family: str, step: Step) -> dict[str, Tensor]:
     """The same step in float64: of a Vim through the reference kernel, of a ViT through our own ViT and method vpt."""
-    exact = (vpt if family == "vit" else ours)(small.but(kernel="reference", amp="off"))
+    exact = (vpt if family == "vit" else ours)(small.but(kernel="reference", amp="off", device="cpu"))
     prepared(exact)
     if family == "vit":
         take_over(exact.model, step.model)
@@ -82,7 +82,7 @@ def numbers(step: Step) -> dict[str, Tensor]:
 def compared(row: str, got: dict[str, Tensor], want: dict[str, Tensor], enough: float) -> dict[str, Any]:
     errors = {}
     for name, t in want.items():
-        error = float((got[name].double() - t).abs().max() / t.abs().max())
+        error = float((got[name].cpu().double() - t).abs().max() / t.abs().max())
         errors[name] = error if error == error else float("inf")
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= enough:

@@ -103,11 +103,21 @@ def counts(model: AdaptedModel) -> dict[str, Any]:
     net = model.backbone
     layers, prompts, tokens = layers_of(net, 1), prompters_of(model, 1), tokens_of(net)
     return {
-        "tokens": tokens, "mac_per_token_and_block": mac(layers) / net.depth,
+        "parts": parts_of([*layers, *prompts], net.depth), "tokens": tokens, "mac_per_token_and_block": mac(layers) / net.depth,
         "method_mac_per_token_and_block": mac(prompts) / net.depth,
         "gmac_train": mac(training(model, 1)) / 1e9, "gmac_infer": mac(inference(model, 1)) / 1e9,
         "exponentials": sum(tokens * block.e * block.n * block.k for block in net.site().blocks),
     }  # fmt: skip
+
+
+def parts_of(listed: Iterable[Product], depth: int) -> dict[str, float]:
+    """Multiply-adds by the kind of layer, both directions together, in the mean over blocks."""
+    found: dict[str, float] = {}
+    for p in listed:
+        words = p.name.split(" at ")[0].split(".")
+        name = words[0] if p.is_method else words[-1].removesuffix("_b")
+        found[name] = found.get(name, 0.0) + p.mac / depth
+    return found
 
 
 class Floor:
