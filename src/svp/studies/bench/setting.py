@@ -92,7 +92,7 @@ class Step:
         forward: Callable[[Tensor], Tensor] | None = None,
         around: Callable[[bool], object] = lambda begins: None,
     ):
-        self.model, self.forward, self.around = model, forward or model, around
+        self.model, self.forward, self.around = model, model if forward is None else forward, around
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.images, self.labels = setting.pictures()
         self.precision = lambda: autocast(torch.device(setting.device), setting.amp)
