@@ -204,6 +204,16 @@ def test_a_slow_row_that_runs_on_some_blocks_says_so(monkeypatch):
         assert "of_blocks" not in line and line["seconds"]["min"] == 1.0
 
 
+def test_a_plain_scan_that_would_fill_the_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr(measure, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(measure, "memory_of_machine", lambda: 1000)
+    found = measured(TINY, ["ours", "reference"], seconds=1, with_memory=False)
+    assert {line["row"] for line in found["rows"]} == {"ours"}
+    assert found["left_out"] == [
+        {"row": "reference", "reason": "one block of a plain scan would fill this machine's memory"}
+    ]
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     big = TINY.but(img_size=64, batch_size=64)  # (64, 65, 32) float32: half a MiB a tensor

@@ -150,7 +150,8 @@ def table(run: dict[str, Any], what: str) -> str:
     title = f"{TITLES[what]}, {run['img_size']} px ({run['tokens']:,} tokens), batch {run['batch_size']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"  # fmt: skip
     parts = ", ".join(f"{name} {ms(value)}" for name, value in floor["scan_parts_seconds"].items())
     least = f"floor: {floor['gmac_per_image']:.2f} GMAC a picture at {floor['flops_per_second'] / 1e9:,.0f} GFLOP/s; the scans beside it at least {ms(floor['scan_seconds'])} ({parts})"  # fmt: skip
-    return f"{title}\n{narrow(heads, rows)}\n{least}"
+    left_out = [f"left out: {row['row']} ({row['reason']})" for row in run["left_out"]]
+    return "\n".join([title, narrow(heads, rows), least, *left_out])
 
 
 def narrow(heads: list[str], rows: list[list[str]]) -> str:

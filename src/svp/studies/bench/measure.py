@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import gc
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from svp.data.kept import memory_bytes as memory_of_machine
+from svp.model import AdaptedModel
 from svp.ops import floor as scan_floor
 from svp.ops.timing import Timing, interleaved, spread, timed
 from svp.studies.bench import products
 from svp.studies.bench.memory import memory_bytes
 from svp.studies.bench.peers import PEERS
 from svp.studies.bench.setting import Setting
+from svp.training.machine import forget_peak_memory
 
 WHAT = ("train", "infer")
-KEPT_TENSORS = 6  # (b, l, e, n) float32 tensors that a plain scan keeps for the backward pass of one direction, roughly
+KEPT_TENSORS = 12  # (b, l, e, n) float32 tensors that a plain scan keeps of one direction, padding included, roughly
 MOST_ROUNDS = 25
 UNWEIGHED = ("vpt",)  # its memory is that of the row vit, but for trifles
 
@@ -33,35 +33,23 @@ def measured(
     model = setting.adapted(setting.network())
     net: Any = model.backbone
     fast = [row for row in rows if not PEERS[row].is_slow]
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[setting.amp]
     lists = {
         "train": products.training(model, setting.batch_size),
         "infer": products.inference(model, setting.batch_size),
     }
-    floors = {what: products.Floor(model, lists[what], dtype) for what in WHAT}
-    probes = scan_floor.probes(setting.device)
-    steps = {row: PEERS[row].build(setting) for row in fast}
-    calls: dict[str, Callable[[], object]] = {}
-    for what, floor in floors.items():
-        calls |= {f"{row} {what}": getattr(step, what) for row, step in steps.items()}
-        calls[f"floor {what}"] = floor.run
-    calls |= {name: probe.call for name, probe in probes.items()}
-    seldom = {name for name in calls if name.startswith(("vpt ", "checkpointed "))}
     tell(f"{size_of(setting)}: {', '.join([*fast, 'floor'])} in turn")
-    timings = interleaved(calls, MOST_ROUNDS, seconds=seconds, seldom=seldom, device=setting.device)
-    best = {name: min(timings[name].chosen(setting.uses_cpu_time)) for name in calls}
-    rates = {name: probe.work / best[name] for name, probe in probes.items()}
-    if setting.device.startswith("cuda") and (rate := scan_floor.gpu_exponentials(setting.device)):
-        rates["exponentials"] = rate
-    del steps, floors, calls
-    gc.collect()
-
+    timings, rates = in_turn(setting, model, lists, fast, seconds)
+    forget_peak_memory(torch.device(setting.device))  # what the steps have left goes back to the system
     table = [
         {"row": row, "what": what, **of_timing(timings[f"{row} {what}"])} for what in WHAT for row in fast
     ]  # fmt: skip
+    left_out = []
     for row in (row for row in rows if PEERS[row].is_slow):
-        tell(f"{size_of(setting)}: {row}, once")
-        table += slow(setting, row, net.depth, seconds)
+        if fits(setting):
+            tell(f"{size_of(setting)}: {row}, once")
+            table += slow(setting, row, net.depth, seconds)
+        else:
+            left_out.append({"row": row, "reason": "one block of a plain scan would fill this machine's memory"})
     if with_memory:
         for row in (row for row in fast if row not in UNWEIGHED):
             tell(f"{size_of(setting)}: memory of {row}")
@@ -75,8 +63,28 @@ def measured(
     return {
         "img_size": setting.img_size, "tokens": products.tokens_of(net), "batch_size": setting.batch_size,
         "threads": setting.threads, "counts_cpu_time": setting.uses_cpu_time, "rows": table, "floor": floor,
-        "rates_per_second": rates, "counts": products.counts(model),
+        "left_out": left_out, "rates_per_second": rates, "counts": products.counts(model),
     }  # fmt: skip
+
+
+def in_turn(
+    setting: Setting, model: AdaptedModel, lists: dict[str, list[products.Product]], fast: Sequence[str], seconds: float
+) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Timings of "ROW train", "ROW infer", "floor train", "floor infer"; and the machine's rates, work a second."""
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[setting.amp]
+    probes = scan_floor.probes(setting.device)
+    calls: dict[str, Callable[[], object]] = {}
+    for row in fast:
+        step = PEERS[row].build(setting)
+        calls |= {f"{row} train": step.train, f"{row} infer": step.infer}
+    calls |= {f"floor {what}": products.Floor(model, lists[what], dtype).run for what in WHAT}
+    calls |= {name: probe.call for name, probe in probes.items()}
+    seldom = [name for name in calls if name.startswith(("vpt ", "checkpointed "))]
+    timings = interleaved(calls, MOST_ROUNDS, seconds=seconds, seldom=seldom, device=setting.device)
+    rates = {name: p.work / min(timings[name].chosen(setting.uses_cpu_time)) for name, p in probes.items()}
+    if setting.device.startswith("cuda") and (rate := scan_floor.gpu_exponentials(setting.device)):
+        rates["exponentials"] = rate
+    return timings, rates
 
 
 def of_timing(timing: Timing) -> dict[str, Any]:
@@ -84,11 +92,11 @@ def of_timing(timing: Timing) -> dict[str, Any]:
 
 
 def slow(setting: Setting, row: str, depth: int, seconds: float) -> list[dict[str, Any]]:
-    """A row that would take minutes, once: on as many blocks as time and memory allow; the whole is then in proportion."""
+    """A row that would take minutes, once: on as many blocks as time allows; the whole is then in proportion."""
     lines = []
     for what in WHAT:
         one = timed_once(setting, row, 1, what)
-        allowed = int(min(depth, max(1.0, seconds / 4 / max(one.wall[0], 1e-9)), max(1, room(setting, what))))
+        allowed = int(min(depth, max(1.0, seconds / 4 / max(one.wall[0], 1e-9))))
         timing = one if allowed == 1 else timed_once(setting, row, allowed, what)
         scale = depth / allowed
         whole = Timing([scale * s for s in timing.wall], [scale * s for s in timing.cpu])
@@ -104,12 +112,17 @@ def timed_once(setting: Setting, row: str, depth: int, what: str) -> Timing:
     return found
 
 
-def room(setting: Setting, what: str) -> float:
-    """Blocks of a checkpointed plain scan: one at a time is in memory, so all fit if one does."""
+def fits(setting: Setting) -> bool:
+    """Whether a block of a plain scan does; it keeps the states of every token, and blocks are computed again one by one."""
     net: Any = setting.shape()
     block = net.site().blocks[0]
-    one = KEPT_TENSORS * 4 * setting.batch_size * products.tokens_of(net) * block.e * block.n * block.k
-    return math.inf if what == "infer" or one < memory_of_machine() / 2 else 0
+    need = KEPT_TENSORS * 4 * setting.batch_size * products.tokens_of(net) * block.e * block.n * block.k
+    have = (
+        torch.cuda.get_device_properties(setting.device).total_memory
+        if setting.device.startswith("cuda")
+        else memory_of_machine()
+    )
+    return need < have / 2
 
 
 def floor_of(
