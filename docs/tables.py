@@ -140,10 +140,14 @@ def source(text: str) -> str:
 
 def bench_machine(found: dict) -> str:
     m, left_out = found["machine"], "".join(f"; without {r['row']} ({r['reason']})" for r in found["left_out"])
+    rounds = min(
+        (len(line["seconds"]["all"]) for run in found["runs"] for line in run["rows"] if line["row"] == "ours"),
+        default=0,
+    )
     errors = ", ".join(f"{c['row']} {c['error']:.0e}" for c in found["checks"])
     return (
         f"{found['asked']['backbone']}, method {found['asked']['method']}, float32, on {m['cpu']}, {m['cores']} cores, "
-        f"{m['level']} kernels, torch {found['versions']['torch']}, svp at {(found['git'] or 'unknown')[:12]}{left_out}. "
+        f"{m['level']} kernels, torch {found['versions']['torch']}, svp at {(found['git'] or 'unknown')[:12]}{left_out}; the least of {rounds} round{'s' * (rounds != 1)} or more. "
         f"Largest errors against float64, of a tensor's largest entry: {errors}.\n"
     )
 

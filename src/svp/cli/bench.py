@@ -146,7 +146,7 @@ def table(run: dict[str, Any], what: str) -> str:
     heads = ["row", clock, "median", "images/s", "x floor", "of ViT's speed", "memory", "of ViT's"]
     rows = [cells(line, key) for line in run["rows"] if line["what"] == what]
     floor = run["floor"][what]
-    rows.append(["floor", ms(floor[key]["min"]), ms(floor[key]["median"]), f"{run['batch_size'] / floor[key]['min']:.2f}", "1.00", "", "", ""])  # fmt: skip
+    rows.append(["floor", ms(floor[key]["min"]), ms(floor[key]["median"]), rate(run['batch_size'] / floor[key]['min']), "1.00", "", "", ""])  # fmt: skip
     title = f"{TITLES[what]}, {run['img_size']} px ({run['tokens']:,} tokens), batch {run['batch_size']}, {run['threads']} thread{'s' * (run['threads'] > 1)}"  # fmt: skip
     parts = ", ".join(f"{name} {ms(value)}" for name, value in floor["scan_parts_seconds"].items())
     least = f"floor: {floor['gmac_per_image']:.2f} GMAC a picture at {floor['flops_per_second'] / 1e9:,.0f} GFLOP/s; the scans beside it at least {ms(floor['scan_seconds'])} ({parts})"  # fmt: skip
@@ -170,7 +170,7 @@ def feeding(data: dict[str, Any]) -> str:
         [str(r["workers"]), r["decoded"], f"{r['pictures_per_second']:,.1f}", "" if r["step_waits"] is None else f"{r['step_waits']:.1%}"]
         for r in data["rows"]
     ]  # fmt: skip
-    title = f"pictures of {data['img_size']} px, {data['source']}: decoded, cropped, mixed" + ("" if step is None else f"; the step takes {step:,.2f} a second")  # fmt: skip
+    title = f"pictures of {data['img_size']} px, {data['source']}: decoded, cropped, mixed" + ("" if step is None else f"; the step takes {rate(step)} a second")  # fmt: skip
     slow = [r for r in data["rows"] if r["workers"] and step is not None and r["pictures_per_second"] < step]
     said = [f"the loader is slower than the step with {r['workers']} workers, decoded {r['decoded']}" for r in slow]
     return "\n".join([title, columns(heads, rows, right=heads[2:]), *said])
@@ -178,7 +178,7 @@ def feeding(data: dict[str, Any]) -> str:
 
 def probe(found: dict[str, Any]) -> str:
     return (
-        f"linear probe, {found['img_size']} px: {found['computed']['images_per_second']:,.2f} images/s where each step computes the "
+        f"linear probe, {found['img_size']} px: {rate(found['computed']['images_per_second'])} images/s where each step computes the "
         f"features, {found['kept']['images_per_second']:,.0f} where they are kept: {found['epochs']} epochs {found['times_faster']:.1f} times faster"
     )  # fmt: skip
 
@@ -208,11 +208,16 @@ def cells(line: dict[str, Any], key: str) -> list[str]:
     part = "~" if "of_blocks" in line else ""
     ratio, memory, share = line["speed_over_vit"], line["memory_bytes"], line["memory_over_vit"]
     return [
-        line["row"], part + ms(line[key]["min"]), part + ms(line[key]["median"]), f"{line['images_per_second']:.2f}",
+        line["row"], part + ms(line[key]["min"]), part + ms(line[key]["median"]), rate(line['images_per_second']),
         f"{line['over_floor']:.2f}", "" if ratio is None else f"{ratio:.2f}",
         "" if memory is None else f"{memory / 2**20:,.0f} MiB", "" if share is None else f"{share:.2f}",
     ]  # fmt: skip
 
 
 def ms(seconds: float) -> str:
-    return f"{1000 * seconds:,.{1 if seconds < 1 else 0}f} ms"
+    return f"{seconds:,.1f} s" if seconds >= 10 else f"{1000 * seconds:,.{1 if seconds < 1 else 0}f} ms"
+
+
+def rate(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
