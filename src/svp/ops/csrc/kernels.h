@@ -4,7 +4,7 @@
 
 namespace svp {
 
-constexpr int64_t T = 32;      // tokens between two stored states; python's cpu.py must agree
+constexpr int64_t T = 64;      // tokens between two stored states; python's cpu.py must agree
 constexpr int64_t PANEL = 64;  // channels that lie side by side in scratch and in stored states; cpu.py must agree
 constexpr int64_t PANELS = 4;  // of one task at most; fixed, so that sums do not depend on the number of threads
 
@@ -23,6 +23,7 @@ struct OutRows {
 struct Scan {
   Rows u, delta, B, C, z, dy;       // u, delta, z, dy (b, l, e); B, C (b, l, g, n); z may be null; dy: backward only
   Rows add;                         // (b, l, e) or null: added to y before the gate; forward only
+  Rows gate;                        // (b, l, e) or null: then dz = gate y, and dy is given as it is without z; backward only
   const float* A;                   // (e, n)
   const float* D;                   // (e)     or null, as all that follow
   const float* delta_bias;          // (e)
@@ -33,13 +34,12 @@ struct Scan {
   float* states;                    // (b, chunks, panels, n, PANEL) the state before each chunk of T tokens
 
   float* y;                         // (b, l, e) dense
-  float* before;                    // (b, l, e) dense, or null: y before the gate; forward only
   float* last;                      // (b, e, n) or null
 
   const float* dlast;               // (b, e, n)
   float* du;                        // (b, l, e)
   float* ddelta;                    // (b, l, e)  with respect to delta as given
-  float* dz;                        // (b, l, e)
+  OutRows dz;                       // (b, l, e), added to what is there with add_dz
   float* dB;                        // (blocks, b, l, g, n) each task's share; the caller adds them up in order
   float* dC;
   float* dA;                        // (b, e, n)  each picture's share; null when frozen, as all that follow
@@ -49,8 +49,8 @@ struct Scan {
   float* dbias;                     // (b, e)
   float* dh0;                       // (b, e, n)
   int64_t batch, length, channels, groups, n;
-  float scale;                      // of the gate: scale silu(z); forward only
-  int softplus, reverse, threads;
+  float scale;                      // out = scale y silu(z); forward only
+  int softplus, reverse, add_dz, threads;
 };
 
 struct Conv {
@@ -66,17 +66,16 @@ struct Conv {
   int silu, reverse, accumulate, threads;  // accumulate: dx is added to what is there
 };
 
-// What a gated sum of scans, out = scale y silu(z), hands down: dy = dout scale silu(z), dz = dout scale y silu'(z).
+// For Scan's backward where several scans share one gate: dy = dout scale silu(z), gate = dout scale silu'(z).
 struct Gate {
-  Rows dout, z, y;                  // (b, l, e)
-  OutRows dz;                       // (b, l, e)
-  float* dy;                        // (b, l, e) dense
+  Rows dout, z;                     // (b, l, e)
+  float *dy, *gate;                 // (b, l, e) dense
   int64_t batch, length, channels;
   float scale;
   int threads;
 };
 
-constexpr int64_t ROWS = 16;  // tokens of a task of the two below; add_norm's cpu.py must agree
+constexpr int64_t ROWS = 16;  // tokens of a task of the gate and of add_norm, whose cpu.py must agree
 
 struct AddNorm {
   Rows x, residual, pre0, pre1;     // (b, l, d); backward: x is the stream
@@ -99,7 +98,7 @@ struct Level {
   int (*scan_backward)(const Scan&);
   int (*conv_forward)(const Conv&);
   int (*conv_backward)(const Conv&);
-  int (*gate_backward)(const Gate&);
+  int (*gate)(const Gate&);
   int (*add_norm_forward)(const AddNorm&);
   int (*add_norm_backward)(const AddNorm&);
   void (*exponentials)(float*, int64_t, int64_t);
@@ -111,7 +110,7 @@ struct Level {
   int scan_backward(const Scan&);        \
   int conv_forward(const Conv&);         \
   int conv_backward(const Conv&);        \
-  int gate_backward(const Gate&);        \
+  int gate(const Gate&);                 \
   int add_norm_forward(const AddNorm&);  \
   int add_norm_backward(const AddNorm&); \
   void exponentials(float* p, int64_t count, int64_t rounds); \

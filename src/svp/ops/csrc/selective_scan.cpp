@@ -88,9 +88,14 @@ struct Chunk {
 SVP_INLINE const float* row_of(const Rows& rows, const Place& at, int64_t token, int64_t channel) {
   return rows.data + at.picture * rows.b + token * rows.l + channel;
 }
+SVP_INLINE float* row_of(const OutRows& rows, const Place& at, int64_t token, int64_t channel) {
+  return rows.data + at.picture * rows.b + token * rows.l + channel;
+}
 SVP_INLINE float* row_of(float* dense, const Scan& a, const Place& at, int64_t token, int64_t channel) {
   return dense + (at.picture * a.length + token) * a.channels + channel;
 }
+
+bool gated(const Scan& a) { return a.z.data || a.gate.data; }
 
 // Asks for a panel's share of a row before it is needed: bits of `what` say of which tensors.
 enum { FORWARD_ROWS, BACKWARD_ROWS };
@@ -108,12 +113,12 @@ SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t 
   if (WHAT == FORWARD_ROWS) {
     ask_to_write(row_of(a.y, a, at, token, channel));
     if (a.add.data) ask(row_of(a.add, at, token, channel));
-    if (a.before) ask_to_write(row_of(a.before, a, at, token, channel));
   } else {
     ask(row_of(a.dy, at, token, channel));
     ask_to_write(row_of(a.du, a, at, token, channel));
     ask_to_write(row_of(a.ddelta, a, at, token, channel));
-    if (a.z.data) ask_to_write(row_of(a.dz, a, at, token, channel));
+    if (a.gate.data) ask(row_of(a.gate, at, token, channel));
+    if (gated(a)) ask_to_write(row_of(a.dz, at, token, channel));
   }
 }
 
@@ -196,10 +201,6 @@ void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t 
       const float* more = row_of(a.add, at, now.token[t], channel);
       for (int64_t c = 0; c < count; c += W)
         store(y + t * PANEL + c, load(y + t * PANEL + c) + load_part(more + c, count - c));
-    }
-    if (a.before) {
-      float* before = row_of(a.before, a, at, now.token[t], channel);
-      for (int64_t c = 0; c < count; c += W) store_part(before + c, load(y + t * PANEL + c), count - c);
     }
     if (!a.z.data) {
       for (int64_t c = 0; c < count; c += W) store_part(out + c, load(y + t * PANEL + c), count - c);
@@ -349,9 +350,15 @@ void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t
     }
     store(k.reach + c, most);
   }
-  for (int64_t c = 0; a.z.data && c < lanes; c += W) {
+  for (int64_t c = 0; gated(a) && c < lanes; c += W) {
     const int64_t channel = at.from(panel) + c, left = count - c;
     const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
+    for (int64_t t = 0; a.gate.data && t < now.steps; ++t) {
+      const int64_t o = t * PANEL + c;
+      store(k.gate + o, load_part(row_of(a.gate, at, now.token[t], channel), left));
+      store(k.y + o, D * load(k.u + o) + bias);
+    }
+    if (a.gate.data) continue;
     for (int64_t t = 0; t < now.steps; ++t) {
       const vf z = load_part(row_of(a.z, at, now.token[t], channel), left);
       store(k.gate + t * PANEL + c, z);
@@ -378,7 +385,10 @@ void backward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t
       const vf ddelta = load(k.slope + o) * (dx * ut + load(k.dd + o) * LN2);
       store_part(row_of(a.du, a, at, token, channel), dx * load(k.d + o) + D * dy, left);
       store_part(row_of(a.ddelta, a, at, token, channel), ddelta, left);
-      if (a.z.data) store_part(row_of(a.dz, a, at, token, channel), load(k.y + o) * load(k.gate + o), left);
+      if (gated(a)) {
+        float* dz = row_of(a.dz, at, token, channel);
+        store_part(dz, load(k.y + o) * load(k.gate + o) + (a.add_dz ? load_part(dz, left) : vf{}), left);
+      }
       sum_D += dy * ut;
       sum_delta += ddelta;
       sum_dy += dy;
@@ -415,16 +425,17 @@ void backward_offset(const Chunk& now, int64_t n, const float* offset, const flo
     store(hs + (t * S + s) * TILE + v * W, h##s##v);                \
     h##s##v = a * h##s##v + x##v * bt[s];                           \
     sum_##s += h##s##v * dy##v;                                     \
-    if (gated) y##v += h##s##v * now.c[t][n0 + s];                  \
   }
 #define LOAD_KEEP(s, v)                               \
   const vf d##v = load(k.d + c + t * PANEL + v * W);  \
   const vf x##v = load(k.x + c + t * PANEL + v * W);  \
-  const vf dy##v = load(k.dy + c + t * PANEL + v * W);\
-  vf y##v = {};                                       \
-  if (gated) y##v = load(k.y + c + t * PANEL + v * W);
-#define STORE_KEEP(s, v) \
-  if (gated) store(k.y + c + t * PANEL + v * W, y##v);
+  const vf dy##v = load(k.dy + c + t * PANEL + v * W);
+// y of the gate, after the rest of a token: with it in registers, too, there would be too few
+#define READ_1(s, v) \
+  if (GATED) store(k.y + c + t * PANEL + v * W, load(k.y + c + t * PANEL + v * W) + h0##v * ct[0]);
+#define READ_4(s, v)                                                    \
+  if (GATED)                                                            \
+    store(k.y + c + t * PANEL + v * W, load(k.y + c + t * PANEL + v * W) + h0##v * ct[0] + h1##v * ct[1] + h2##v * ct[2] + h3##v * ct[3]);
 #define LOAD_SUM(s) vf sum_##s = load(acc + (t * n + n0 + s) * W);
 #define STORE_SUM(s) store(acc + (t * n + n0 + s) * W, sum_##s);
 
@@ -453,19 +464,20 @@ void backward_offset(const Chunk& now, int64_t n, const float* offset, const flo
   store(k.dx + c + t * PANEL + v * W, dx##v);    \
   store(k.dd + c + t * PANEL + v * W, dd##v);
 
-#define BACKWARD(NAME, STATES, FOR, SUMS)                                                                               \
-  template <bool NEAR, bool gated>                                                                                                 \
+#define BACKWARD(NAME, STATES, FOR, SUMS, READ)                                                                               \
+  template <bool NEAR, bool GATED>                                                                                                 \
   void NAME##_keep(const Chunk& now, int64_t n0, int64_t n, const float* A2, const Planes& k, int64_t c, float* h,      \
                    float* as, float* hs, float* acc) {                                                                  \
     constexpr int S = STATES;                                                                                           \
     FOR(LOAD_H)                                                                                                         \
     for (int64_t t = 0; t < now.steps; ++t) {                                                                           \
-      const float* bt = now.b[t] + n0;                                                                                  \
+      const float *bt = now.b[t] + n0, *ct = now.c[t] + n0;                                                             \
+      (void)ct;                                                                                                         \
       FOR_1(LOAD_KEEP)                                                                                                  \
       SUMS(LOAD_SUM)                                                                                                    \
       FOR(KEEP)                                                                                                         \
       SUMS(STORE_SUM)                                                                                                   \
-      FOR_1(STORE_KEEP)                                                                                                 \
+      FOR_1(READ)                                                                                                       \
     }                                                                                                                   \
   }                                                                                                                     \
   template <bool with_A>                                                                                                \
@@ -484,12 +496,12 @@ void backward_offset(const Chunk& now, int64_t n, const float* offset, const flo
     }                                                                                                                   \
     FOR(STORE_G)                                                                                                        \
   }
-BACKWARD(backward_1, 1, FOR_1, SUMS_1)
-BACKWARD(backward_4, 4, FOR_4, SUMS_4)
+BACKWARD(backward_1, 1, FOR_1, SUMS_1, READ_1)
+BACKWARD(backward_4, 4, FOR_4, SUMS_4, READ_4)
 
 constexpr int64_t KEPT = T * 4 * TILE;  // floats of a_t, and of h_{t-1}, of one recurrence
 
-template <bool gated, bool with_A>
+template <bool GATED, bool with_A>
 void backward_task(const Scan& a, int64_t task, float* scratch) {
   const Place at(a, task);
   const int64_t e = a.channels, n = a.n, chunks = (a.length + T - 1) / T, states = n * PANEL;
@@ -517,7 +529,7 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
       copy(h, a.states + ((at.picture * chunks + chunk) * at.panels * a.groups + at.group * at.panels + p) * states, states);
       backward_prologue(a, at, now, p, planes);
       if (a.offset) {
-        if (gated) read_offset(now, n, offset + k, planes.y);
+        if (GATED) read_offset(now, n, offset + k, planes.y);
         backward_offset(now, n, offset + k, planes.dy, accC, doffset + k);
       }
       int64_t asked = 0;
@@ -530,13 +542,13 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
           const int64_t o = s * PANEL + c;
           if (s + 4 <= n) {
             const bool near = is_near<4>(A2 + k + o, planes.reach + c);
-            const auto keep = near ? backward_4_keep<true, gated> : backward_4_keep<false, gated>;
+            const auto keep = near ? backward_4_keep<true, GATED> : backward_4_keep<false, GATED>;
             keep(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
             backward_4_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 4;
           } else {
             const bool near = is_near<1>(A2 + k + o, planes.reach + c);
-            const auto keep = near ? backward_1_keep<true, gated> : backward_1_keep<false, gated>;
+            const auto keep = near ? backward_1_keep<true, GATED> : backward_1_keep<false, GATED>;
             keep(now, s, n, A2 + k + o, planes, c, h + o, as, hs, accC);
             backward_1_back<with_A>(now, s, n, A2 + k + o, planes, c, g + k + o, as, hs, accB, dA + k + o);
             s += 1;
@@ -568,7 +580,7 @@ int scan_forward(const Scan& a) {
 
 int scan_backward(const Scan& a) {
   const int64_t floats = (5 * PANELS + 1) * a.n * PANEL + 2 * KEPT + 2 * T * a.n * W + Planes::FLOATS;
-  const auto task = a.z.data ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
+  const auto task = gated(a) ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
                              : (a.dA ? backward_task<false, true> : backward_task<false, false>);
   return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
 }

@@ -1,7 +1,7 @@
 """The mixer's core on the C++ kernels, registered as `svp::mixer_cpu`: nothing is flipped, joined or kept that can be recomputed.
 
-The forward keeps the sum of both scans, the codes of delta, B and C, and a state every CHUNK tokens; the backward recomputes
-convolution and delta. Pictures are taken a few at a time, so that what lies between two steps stays in the cache.
+The forward keeps the codes of delta, B and C, and a state every CHUNK tokens; the backward recomputes convolution, delta and
+the scans' outputs. Pictures are taken a few at a time, so that the room for what lies between two steps stays small.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ COUNT = len(NAMES)
 LIB = Library("svp", "FRAGMENT")
 LIB.define(
     f"mixer_cpu(Tensor xz, {SCHEMA}, float scale, bool save)"
-    " -> (Tensor out, Tensor before, Tensor codes, Tensor states0, Tensor states1)"
+    " -> (Tensor out, Tensor codes, Tensor states0, Tensor states1)"
 )
 LIB.define(
-    f"mixer_cpu_backward(Tensor dout, Tensor before, Tensor codes, Tensor states0, Tensor states1, Tensor xz, {SCHEMA},"
+    f"mixer_cpu_backward(Tensor dout, Tensor codes, Tensor states0, Tensor states1, Tensor xz, {SCHEMA},"
     f" float scale, bool[{2 * COUNT}] needs) -> Tensor[]"
 )
 
@@ -56,14 +56,13 @@ def _(xz, *rest):
     pair = Direction(*tensors[:COUNT]), Direction(*tensors[COUNT:])
     shape = saved_shape(xz[..., :e], pair[0].A, 1)
     return (
-        xz.new_empty(b, l, e), xz.new_empty((b, l, e) if save else (0,)),
-        xz.new_empty((2, b, l, pair[0].x_proj.shape[0]) if save else (0,)),
+        xz.new_empty(b, l, e), xz.new_empty((2, b, l, pair[0].x_proj.shape[0]) if save else (0,)),
         *(xz.new_empty(shape if save else (0,)) for _ in pair),
     )  # fmt: skip
 
 
 @register_fake("svp::mixer_cpu_backward", lib=LIB)
-def _(dout, before, codes, states0, states1, xz, *rest):
+def _(dout, codes, states0, states1, xz, *rest):
     *tensors, _, needs = rest
     return [xz.new_empty(xz.shape)] + [
         xz.new_empty(t.shape if asked and t is not None else (0,)) for t, asked in zip(tensors, needs, strict=True)
@@ -78,7 +77,6 @@ def _forward(xz, *rest):
     pair = Direction(*tensors[:COUNT]), Direction(*tensors[COUNT:])
     shape = saved_shape(xz[..., :e], pair[0].A, 1)
     out = xz.new_empty(b, l, e)
-    before = xz.new_empty((b, l, e) if save else (0,))
     width = pair[0].x_proj.shape[0]
     codes = xz.new_empty((2, b, l, width) if save else (0,))
     states = [xz.new_empty(shape if save else (0,)) for _ in pair]
@@ -94,14 +92,14 @@ def _forward(xz, *rest):
                 call.put(y=first)
             else:
                 call.args.scale = scale
-                call.put(add=first, z=z, y=out[some], before=before[some] if save else None)
+                call.put(add=first, z=z, y=out[some])
             call.put(states=states[k][some] if save else None)
             call.run("svp_scan_forward")
-    return out, before, codes, *states
+    return out, codes, *states
 
 
 @impl(LIB, "mixer_cpu_backward", "CPU")
-def _backward(dout, before, codes, states0, states1, xz, *rest):
+def _backward(dout, codes, states0, states1, xz, *rest):
     *tensors, scale, needs = rest
     xz = xz if xz.stride(-1) == 1 else xz.contiguous()
     b, l, e = xz.shape[0], xz.shape[1], xz.shape[2] // 2
@@ -112,14 +110,15 @@ def _backward(dout, before, codes, states0, states1, xz, *rest):
     grads = [Grads(w, asked, b) for w, asked in zip(pair, wanted, strict=True)]
     for some in groups(b, l, e):
         x, z = xz[some, :, :e], xz[some, :, e:]
-        u, delta, dy, du, ddelta, dcode = room(*[x.shape] * 5, (*x.shape[:2], codes.shape[-1]))
-        gate_backward(dout[some], z, before[some], dxz[some, :, e:], dy, scale)
+        u, delta, dy, gate, du, ddelta, dcode = room(*[x.shape] * 6, (*x.shape[:2], codes.shape[-1]))
+        share_gate(dout[some], z, dy, gate, scale)
         for k, w in enumerate(pair):
             code, add = codes[k, some], grads[k]
             convolve(x, w, some, k, u)
             project(u, None, w, delta, code)
             call = scan(u, delta, code, w, some, k, h0=False)
-            call.put(dy=dy, states=states[k][some], du=du, ddelta=ddelta)
+            call.args.add_dz = k == 1  # each direction has a share of y, and with it of dz
+            call.put(dy=dy, gate=gate, states=states[k][some], du=du, ddelta=ddelta, dz=dxz[some, :, e:])
             shares = backward_shares(u, w.A.shape[1], 1, add.of_scan)
             call.put(**shares)
             call.run("svp_scan_backward")
@@ -201,7 +200,7 @@ GROUP_BYTES = 2**22  # of one (b, l, e) tensor; fixed, so that sums over picture
 
 
 def groups(b: int, l: int, e: int) -> list[slice]:
-    """Pictures whose (l, e) tensors are small enough to wait in the cache for the next step."""
+    """The pictures in runs whose (b, l, e) tensors are small: their room is, too, and may stay in the cache between steps."""
     if not l:
         return []
     count = max(1, GROUP_BYTES // (4 * l * e))
@@ -248,22 +247,22 @@ def project(u: Tensor, code: Tensor | None, w: Direction, delta: Tensor, known: 
 def scan(u: Tensor, delta: Tensor, code: Tensor, w: Direction, some: slice, k: int, h0: bool = True) -> Call:
     r, n = w.dt_proj.shape[1], w.A.shape[1]
     B, C = code[:, :, None, r : r + n], code[:, :, None, r + n :]
-    before = _of(w.h0, some) if h0 else None
-    return scan_call(u, delta, w.A, B, C, w.D, None, w.dt_bias, before, w.offset, w.bias, True, k == 1)
+    start = _of(w.h0, some) if h0 else None
+    return scan_call(u, delta, w.A, B, C, w.D, None, w.dt_bias, start, w.offset, w.bias, True, k == 1)
 
 
 class _Gate(ctypes.Structure):  # kernels.h: Gate
     _fields_ = fields(
-        (Rows, "dout z y dz"), (ctypes.c_void_p, "dy"), (ctypes.c_int64, "batch length channels"),
-        (ctypes.c_float, "scale"), (ctypes.c_int, "threads"),
+        (Rows, "dout z"), (ctypes.c_void_p, "dy gate"), (ctypes.c_int64, "batch length channels"), (ctypes.c_float, "scale"),
+        (ctypes.c_int, "threads"),
     )  # fmt: skip
 
 
-def gate_backward(dout: Tensor, z: Tensor, y: Tensor, dz: Tensor, dy: Tensor, scale: float) -> None:
+def share_gate(dout: Tensor, z: Tensor, dy: Tensor, gate: Tensor, scale: float) -> None:
     b, l, e = z.shape
     call = Call(_Gate(batch=b, length=l, channels=e, scale=scale, threads=threads(z)))
-    call.put(dout=dout, z=z, y=y, dz=dz, dy=dy)
-    call.run("svp_gate_backward")
+    call.put(dout=dout, z=z, dy=dy, gate=gate)
+    call.run("svp_gate")
 
 
 # -- its derivative ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from svp.errors import SvpError
 from svp.ops import native
 from svp.ops.native import Call, Rows, fields, threads
 
-CHUNK, PANEL, PANELS = 32, 64, 4  # kernels.h: T, PANEL, PANELS
+CHUNK, PANEL, PANELS = 64, 64, 4  # kernels.h: T, PANEL, PANELS
 INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? h0, "
     "Tensor? offset, Tensor? bias"
@@ -178,10 +178,11 @@ register_autograd("svp::scan_cpu_backward", _no_second, lib=LIB)
 
 class _Scan(ctypes.Structure):  # kernels.h: Scan
     _fields_ = fields(
-        (Rows, "u delta B C z dy add"), (ctypes.c_void_p, "A D delta_bias bias offset h0"), (ctypes.c_int64, "h0_b"),
-        (ctypes.c_void_p, "states y before last dlast du ddelta dz dB dC dA doffset dD ddelta_bias dbias dh0"),
+        (Rows, "u delta B C z dy add gate"), (ctypes.c_void_p, "A D delta_bias bias offset h0"), (ctypes.c_int64, "h0_b"),
+        (ctypes.c_void_p, "states y last dlast du ddelta"), (Rows, "dz"),
+        (ctypes.c_void_p, "dB dC dA doffset dD ddelta_bias dbias dh0"),
         (ctypes.c_int64, "batch length channels groups n"), (ctypes.c_float, "scale"),
-        (ctypes.c_int, "softplus reverse threads"),
+        (ctypes.c_int, "softplus reverse add_dz threads"),
     )  # fmt: skip
 
 
