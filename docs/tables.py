@@ -5,17 +5,36 @@
 
     <!-- table: NAME --> … <!-- /table -->
 
-NAME is `methods`, `backbones` or `published` (read from the source files), else docs/results/NAME.json. Numbers of runs stand in the documents only through such files.
+NAME is `methods`, `backbones` or `published` (read from the source files), `places`, `ours` or `left-out` (asked of the methods
+themselves), else docs/results/NAME.json. Numbers of runs stand in the documents only through such files.
 """
 
 import ast
+import inspect
 import json
 import re
 import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-TEXT = ("method", "backbone", "what it is", "file", "where")  # columns that are set flush left
+TEXT = (
+    "method",
+    "backbone",
+    "what it is",
+    "file",
+    "where",
+    "a LoRA by",
+    "on Vim",
+    "on a ViT",
+    "numbers that train",
+    "paper",
+    "ours",
+    "left out",
+)
+SAID = {
+    "ours": "Ours",
+    "left-out": "Left out",
+}  # table: how docstrings begin what is in it  # columns that are set flush left
 RESULTS = DOCS / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -40,11 +59,76 @@ def table(name: str) -> str:
             (f"`{n}`", f"`{file}`", f"[{hub}](https://huggingface.co/{hub})") for n, (hub, file) in published().items()
         ]
         return markdown(("backbone", "file", "where"), rows)
+    if name == "places":
+        return markdown(("method", "on Vim", "on a ViT", "numbers that train", "paper"), places())
+    if name in SAID:
+        return markdown(("method", name.replace("-", " ")), said(SAID[name]))
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))
+    if "lora" in found:
+        return lora_rows(found)
     return model_card(found) if "stages" in found else results(found)
+
+
+def places() -> list[tuple[str, ...]]:
+    """Each method on Vim-S and ViT-B/16: direct, adapted under a name of its own, or refused and why."""
+    import torch
+
+    from svp.backbones.vim import VARIANTS, Vim
+    from svp.backbones.vit import Vit
+
+    with torch.device("meta"):  # sizes alone: no memory behind the tensors
+        nets = Vim("vim_small", **VARIANTS["vim_small"]), Vit("vit_base_patch16_224.augreg_in1k")
+    return [
+        (f"`{name}`", *(place(cls, net.site()) for net in nets), cls.params_formula.replace("|", "/"), cls.paper)
+        for name, cls in classes()
+    ]
+
+
+def place(cls, site) -> str:
+    from svp.methods.base import options_of
+
+    opt = options_of(cls, {}, cls.__name__)
+    reason, preset = cls.unfit(site, opt), ""
+    for name in cls.PRESETS if reason else ():  # what its defaults cannot do, a preset may
+        other = options_of(cls, {"preset": name}, cls.__name__)
+        if cls.unfit(site, other) is None:
+            reason, preset, opt = None, f", preset `{name}`", other
+            break
+    label = cls.label(site, opt)
+    return f"refused: {reason}" if reason else f"adapted (`{label}`){preset}" if label else f"direct{preset}"
+
+
+def classes() -> list[tuple[str, type]]:
+    import svp.registry
+
+    return [(name, svp.registry.method_class(name)) for name in svp.registry.METHODS.entries()]
+
+
+def said(word: str) -> list[tuple[str, str]]:
+    """What the methods' docstrings say after a word at the start of a line, up to the next such word."""
+    found = []
+    for name, cls in classes():
+        text = inspect.getdoc(cls) or ""
+        part = re.search(rf"^{word}: (.*?)(?=^(?:Ours|Left out|Source): |\Z)", text, re.MULTILINE | re.DOTALL)
+        if part:
+            found.append((f"`{name}`", " ".join(part[1].split())))
+    return found
+
+
+def lora_rows(found: dict) -> str:
+    """What benchmarks/peft_compare.py wrote: whether a LoRA on a layer of a Mamba block acts."""
+    rows = [
+        (f"{row['tool']} on {row['network']}", *(c["said"] for c in row["cells"].values())) for row in found["lora"]
+    ]
+    heads = [f"`{target}`" for target in found["lora"][0]["cells"]]
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v != "-")
+    return (
+        markdown(("a LoRA by", *heads), rows)
+        + f"\nRank {found['rank']}, one layer at a time; {versions}; `benchmarks/peft_compare.py`.\n"
+    )
 
 
 def model_card(facts: dict) -> str:

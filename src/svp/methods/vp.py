@@ -21,7 +21,8 @@ class VP(Method):
     random_patch  q x q pixels at a place drawn once a batch in training; in the middle in evaluation (published: drawn too)
     head "source" is the published reprogramming: class j reads logit j of the pre-trained head, and nothing else trains;
     "new" trains a head too, as the comparison tables of later papers do.
-    Away from 224 pixels q is round(30 side / 224): ours.
+    Ours: away from 224 pixels q is round(30 side / 224).
+    Left out: the CLIP form with text prompts, whose backbone reads class names.
     Source: arXiv 2203.17274; repository hjbahng/visual_prompting, models/prompters.py.
     """
 
