@@ -31,6 +31,7 @@ class PromptTuning(Method):
     paper = "arXiv 2411.03855 (ICLR 2025)"
     params_formula = "n d; with projection n d + d h + h + h d + d, with h = hidden"
     default_lr = 1e-2
+    inserts = True
 
     @classmethod
     def unfit(cls, site, opt):

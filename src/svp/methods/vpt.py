@@ -67,6 +67,7 @@ class VPT(Method):
             self.proj = nn.Linear(e, d)
             nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
         self.drop = nn.Dropout(opt.dropout)
+        self.inserts, self.counts_tokens = True, opt.deep
         self.attends = "attn" in site.blocks[0].kinds
 
     def block(self, tokens, i, run):
