@@ -73,32 +73,13 @@ def table(name: str) -> str:
 
 
 def places() -> list[tuple[str, ...]]:
-    """Each method on Vim-S and ViT-B/16: direct, adapted under a name of its own, or refused and why."""
-    import torch
+    """Each method on the networks that stand for their families, as `svp list methods NAME` says it."""
+    from svp.cli.list import TYPICAL, place, typical_site
 
-    from svp.backbones.vim import VARIANTS, Vim
-    from svp.backbones.vit import Vit
-
-    with torch.device("meta"):  # sizes alone: no memory behind the tensors
-        nets = Vim("vim_small", **VARIANTS["vim_small"]), Vit("vit_base_patch16_224.augreg_in1k")
     return [
-        (f"`{name}`", *(place(cls, net.site()) for net in nets), cls.params_formula.replace("|", "/"), cls.paper)
+        (f"`{name}`", *(place(cls, typical_site(family)) for family in TYPICAL), cls.params_formula, cls.paper)
         for name, cls in classes()
     ]
-
-
-def place(cls, site) -> str:
-    from svp.methods.base import options_of
-
-    opt = options_of(cls, {}, cls.__name__)
-    reason, preset = cls.unfit(site, opt), ""
-    for name in cls.PRESETS if reason else ():  # what its defaults cannot do, a preset may
-        other = options_of(cls, {"preset": name}, cls.__name__)
-        if cls.unfit(site, other) is None:
-            reason, preset, opt = None, f", preset `{name}`", other
-            break
-    label = cls.label(site, opt)
-    return f"refused: {reason}" if reason else f"adapted (`{label}`){preset}" if label else f"direct{preset}"
 
 
 def classes() -> list[tuple[str, type]]:
