@@ -1,8 +1,10 @@
 """MethodContract: what every method must keep on every family of backbones, generated from the registries."""
 
 import copy
+import json
 import math
 import pickle
+import re
 import threading
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from support import GOLDEN
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.model import adapt, load
@@ -75,6 +78,11 @@ FORMULAS = {  # params_formula of every method, with the options above: s has th
 SIZES = dict(d=32, e=64, n=4, r=2, k=2, taps=4, depth=3, patches=16, c=3 * 8 * 8, side=32, q=round(30 * 32 / 224))
 
 
+KEYS = (
+    GOLDEN / "adapters" / "keys.json"
+)  # written by `python tests/test_matrix.py`, when old adapters need not load any more
+
+
 def backbone(family="vim", **more):
     name, sizes = TINY[family]
     return create_backbone(name, **{**sizes, **more})
@@ -110,6 +118,12 @@ def run(model, images):
     """[loss, gradient of every trainable tensor]"""
     loss = F.cross_entropy(model(images), torch.arange(len(images)) % 5)
     return [loss.detach(), *torch.autograd.grad(loss, model.trainable_parameters())]
+
+
+def keys(model):
+    """{name of a saved tensor, block numbers as *: how many there are}"""
+    names = [re.sub(r"(?<=[._])\d+(?=[._]|$)", "*", name) for name in model.state_dict()]
+    return {name: names.count(name) for name in sorted(set(names))}
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +209,10 @@ class TestContract:
         assert again.classes == tuple("abcde") and sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
             "README.md", "adapter_config.json", "adapter_model.safetensors",
         ]  # fmt: skip
+
+    def test_a_saved_adapter_keeps_its_names(self, family, method, nets):
+        want = json.loads(KEYS.read_text(encoding="utf-8"))[f"{method} on {family}"]
+        assert keys(made(family, method, nets[family])) == want, "adapters that are saved today would not load any more"
 
     def test_another_backbone_is_refused(self, family, method, nets, tmp_path):
         made(family, method, nets[family]).save_pretrained(tmp_path / "adapter")
@@ -316,3 +334,9 @@ def test_a_zero_start_is_the_linear_probe_bit_for_bit(isa, method):
         want, got = linear.train(training)(images), other.train(training)(images)
         with torch.no_grad():
             assert torch.equal(want, got) and torch.equal(other(images), got) and torch.equal(linear(images), want)
+
+
+if __name__ == "__main__":
+    found = {f"{method} on {family}": keys(made(family, method, backbone(family))) for family, method in PAIRS}
+    KEYS.parent.mkdir(exist_ok=True)
+    KEYS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
