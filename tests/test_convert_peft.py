@@ -144,6 +144,13 @@ BAD_TENSORS = [
 ]  # fmt: skip
 
 
+BAD_TENSORS += [
+    (lambda t: {k: v[:4].contiguous() if k.endswith("head.bias") else v for k, v in t.items()}, "no head of 16 inputs there or in vit, but"),
+    (lambda t: {k: v[0].contiguous() if "lora_A" in k else v for k, v in t.items()}, "a matrix of blocks.0.attn.proj is (16,)"),
+    (lambda t: {k: v[:0].contiguous() if "lora_A" in k else v for k, v in t.items()}, "is (0, 16), expected two axes"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("change,words", BAD_TENSORS, ids=[words for _, words in BAD_TENSORS])
 def test_bad_tensors_get_a_sentence(change, words, folder):
     path = folder / "adapter_model.safetensors"

@@ -82,9 +82,11 @@ def load_peft(folder: str | Path, backbone: Backbone) -> tuple[AdaptedModel, Rep
     if not head:
         head = {name: p.detach() for name, p in backbone.head.named_parameters()}
         report.notes.append(f"the file holds no head: that of {backbone.name} is taken, frozen there")
-    if head.keys() - {"bias"} != {"weight"} or head["weight"].shape[1:] != (backbone.num_features,):
+    shapes = {name: tuple(t.shape) for name, t in head.items()}
+    classes = shapes.get("weight", (0,))[:1]
+    if shapes.get("weight") != (*classes, backbone.num_features) or shapes.get("bias", classes) != classes:
         raise SvpError(
-            f"{folder / TENSORS}: no head of {backbone.num_features} inputs, neither there nor in {backbone.name}",
+            f"{folder / TENSORS}: no head of {backbone.num_features} inputs there or in {backbone.name}, but {shapes or 'none'}",
             'save it with modules_to_save=["head"]', "artefact",
         )  # fmt: skip
     options = options_for(config, parts, layer_of, VIT_TARGETS if is_vit(site) else MAMBA_TARGETS, report)
@@ -106,7 +108,7 @@ def convert_from_peft(source: str | Path, folder: str | Path, backbone: Backbone
 
 
 def checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The config, its numbers converted; one sentence for what is no LoRA as we have it."""
+    """The config itself; one sentence for what is no LoRA as we have it."""
 
     def refuse(name: str, expected: str, hint: str = HINT) -> SvpError:
         return SvpError(f"{path}: {name} is {config.get(name)!r}, expected {expected}", hint, "artefact")
@@ -153,6 +155,9 @@ def sorted_out(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -
         if rows.keys() != wanted:
             raise SvpError(f"{path}: {module} has {', '.join(sorted(rows))}, expected {', '.join(sorted(wanted))}",
                            "the two files do not belong together; copy the adapter again", "artefact")  # fmt: skip
+        for what, t in rows.items():
+            if what != "norm" and (t.dim() < 2 or not t.numel()):
+                raise SvpError(f"{path}: a matrix of {module} is {tuple(t.shape)}, expected two axes", "save the adapter again", "artefact")  # fmt: skip
         norm = rows["norm"].flatten() if "norm" in rows else None
         down, alpha = rows["down"].flatten(1), alpha_of(module, config, path)
         factor = alpha / (math.sqrt(len(down)) if config.get("use_rslora") else len(down))
