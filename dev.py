@@ -18,7 +18,7 @@ COMMANDS = {  # name: (what it is for, plain commands)
     )),
     "test": ("all tests", ((*PYTEST, "-n", "2"),)),
     "matrix": ("every method on every backbone", ((*PYTEST, "-n", "2", "tests/test_matrix.py"),)),
-    "bench": ("speed, each file after a check against the reference", (("python", "benchmarks/scan.py"),)),
+    "bench": ("speed, each file after a check against the reference", (("python", "benchmarks/scan.py"), ("python", "-m", "svp", "bench"))),
     "docs": ("tables of the documents, and every block in them", (
         ("python", "docs/tables.py"),
         (*PYTEST, "tests/test_docs.py"),

@@ -15,14 +15,12 @@ floor   the exponentials (once forward, twice with backward), the multiply-adds 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,12 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svp.ops import native, selective_scan
+from svp.ops.floor import least, probes, scan_parts
+from svp.ops.timing import interleaved, timed
 
 BATCH, CHANNELS, TOKENS, STATES, RANK = 8, 768, 197, 16, 24
-FORWARD_FMA, BACKWARD_FMA = (
-    3,
-    9,
-)  # per element: h, its input, y; again h and its input, dC, then g, dx, dB, a g, dd twice
 
 
 def main() -> None:
@@ -139,43 +135,21 @@ def check(inputs: Inputs) -> dict[str, float]:
     return errors
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, one after another in every round; slow ones sit out when they had a third of the rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for round_ in range(repeats):
-        for name, function in functions.items():
-            if round_ % 3 == 0 or name != "pscan":
-                seconds[name].append(timed(function))
-    return seconds
-
-
 def compare(threads: int, backward: bool, repeats: int) -> dict:
     inputs = Inputs(BATCH, TOKENS)
     functions = {name: lambda scan=scan: inputs.run(scan, backward) for name, scan in candidates().items()}
-    rates, parts = machine_rates(inputs)
-    seconds = interleaved({**functions, **parts}, repeats)
-    best = {name: min(times) for name, times in seconds.items()}
-    elements = BATCH * CHANNELS * TOKENS * STATES
-    passes, fma = (2, FORWARD_FMA + BACKWARD_FMA) if backward else (1, FORWARD_FMA)
-    rate = {name: work / best[name] for name, work in rates.items()}
-    bytes_ = (
-        (16 if backward else 4) * 4 * BATCH * CHANNELS * TOKENS
-    )  # u, delta, z, y; then with dy, du, ddelta, dz, states
-    parts_ms = {
-        "exponentials": passes * elements / rate["exponentials"] * 1e3,
-        "multiply-adds": fma * elements / rate["multiply-adds"] * 1e3,
-        "projection": (best["projection"] + (best["projection backward"] if backward else 0)) * 1e3,
-        "bytes": bytes_ / rate["copy"] * 1e3,
+    rates = probes()
+    projections = {
+        "projection": lambda: F.linear(inputs.dt, inputs.weight),
+        "projection backward": lambda: inputs.dy @ inputs.weight,
     }
-    floor = max(parts_ms["exponentials"] + parts_ms["multiply-adds"] + parts_ms["projection"], parts_ms["bytes"])
+    calls = {**functions, **{name: probe.call for name, probe in rates.items()}, **projections}
+    seconds = {name: t.wall for name, t in interleaved(calls, repeats, seldom=("pscan",)).items()}
+    best = {name: min(times) for name, times in seconds.items()}
+    rate = {name: probe.work / best[name] for name, probe in rates.items()}
+    parts = scan_parts(BATCH * CHANNELS * TOKENS, STATES, backward, rate)
+    parts["projection"] = best["projection"] + (best["projection backward"] if backward else 0)
+    parts_ms, floor = {name: part * 1e3 for name, part in parts.items()}, least(parts) * 1e3
     print(f"\n{'forward + backward' if backward else 'forward'}, {threads} thread{'s' * (threads > 1)}")
     rows = {}
     for name in functions:
@@ -189,28 +163,6 @@ def compare(threads: int, backward: bool, repeats: int) -> dict:
     return {"threads": threads, "backward": backward, "candidates": rows, "floor_ms": floor, "floor_parts_ms": parts_ms}
 
 
-def machine_rates(inputs: Inputs) -> tuple[dict[str, float], dict[str, Callable[[], object]]]:
-    """What the floor is made of: work per call, and the calls, to be timed in turn with the candidates."""
-    threads = torch.get_num_threads()
-    p, square, rounds = torch.linspace(0, 8, 2048), torch.rand(768, 768), 500
-    source, target = torch.rand(1 << 24), torch.empty(1 << 24)
-    product = torch.empty(768, 768)
-    exponentials = native.library.svp_exponentials
-    exponentials.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    work = {
-        "exponentials": p.numel() * rounds * threads,  # measured on one thread: the others do as many
-        "multiply-adds": 768.0**3,  # of a matrix product
-        "copy": 2.0 * source.nbytes,
-    }
-    return work, {
-        "exponentials": lambda: exponentials(p.data_ptr(), p.numel(), rounds),
-        "multiply-adds": lambda: torch.mm(square, square, out=product),
-        "copy": lambda: target.copy_(source),
-        "projection": lambda: F.linear(inputs.dt, inputs.weight),
-        "projection backward": lambda: inputs.dy @ inputs.weight,
-    }
-
-
 def by_tokens(threads: int, tokens: list[int], repeats: int) -> list[dict]:
     print(
         f"\nours by tokens, {threads} thread{'s' * (threads > 1)}: microseconds a token, forward | forward + backward"
@@ -221,7 +173,7 @@ def by_tokens(threads: int, tokens: list[int], repeats: int) -> list[dict]:
         row: dict = {"tokens": length}
         for backward in (False, True):
             inputs.run(ours, backward)
-            best = min(timed(lambda: inputs.run(ours, backward)) for _ in range(max(3, repeats // 3)))  # noqa: B023
+            best = min(timed(lambda: inputs.run(ours, backward))[0] for _ in range(max(3, repeats // 3)))  # noqa: B023
             row["with_backward_us" if backward else "forward_us"] = best / length * 1e6
         rows.append(row)
         print(f"  {length:6}{row['forward_us']:9.1f} |{row['with_backward_us']:9.1f}")

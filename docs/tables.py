@@ -1,12 +1,14 @@
 """Writes the tables of README.md and docs/*.md between their markers; --check only says which ones are stale.
 
     python docs/tables.py [--check]
-    python docs/tables.py --keep NAME FILE     what `svp train … --json` wrote to FILE becomes docs/results/NAME.json
+    python docs/tables.py --keep NAME FILE     what `svp train … --json` or `svp bench --json` wrote to FILE becomes
+                                               docs/results/NAME.json
 
     <!-- table: NAME --> … <!-- /table -->
 
 NAME is `methods`, `backbones` or `published` (read from the source files), `places`, `ours` or `left-out` (asked of the methods
-themselves), else docs/results/NAME.json. Numbers of runs stand in the documents only through such files.
+themselves), `bench-PART` (from docs/results/bench.json, PARTS below), else docs/results/NAME.json. Numbers of runs stand in the
+documents only through such files.
 """
 
 import ast
@@ -18,6 +20,10 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 TEXT = (
+    "picture",
+    "row",
+    "part",
+    "decoded",
     "method",
     "backbone",
     "what it is",
@@ -30,11 +36,8 @@ TEXT = (
     "paper",
     "ours",
     "left out",
-)
-SAID = {
-    "ours": "Ours",
-    "left-out": "Left out",
-}  # table: how docstrings begin what is in it  # columns that are set flush left
+)  # columns that are set flush left
+SAID = {"ours": "Ours", "left-out": "Left out"}  # table: how docstrings begin what is in it
 RESULTS = DOCS / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -63,10 +66,13 @@ def table(name: str) -> str:
         return markdown(("method", "on Vim", "on a ViT", "numbers that train", "paper"), places())
     if name in SAID:
         return markdown(("method", name.replace("-", " ")), said(SAID[name]))
-    path = RESULTS / f"{name}.json"
+    kind, _, part = name.partition("-")
+    path = RESULTS / f"{kind if kind == 'bench' else name}.json"
     if not path.is_file():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))
+    if kind == "bench":
+        return PARTS[part](found)
     if "lora" in found:
         return lora_rows(found)
     return model_card(found) if "stages" in found else results(found)
@@ -185,6 +191,142 @@ def source(text: str) -> str:
     return f"`{kind}:{Path(path).name}/`" if colon else f"`{text}`"
 
 
+# -- svp bench ---------------------------------------------------------------------------------------------------------
+
+
+def bench_machine(found: dict) -> str:
+    m, left_out = found["machine"], "".join(f"; without {r['row']} ({r['reason']})" for r in found["left_out"])
+    rounds = min(
+        (len(line["seconds"]["all"]) for run in found["runs"] for line in run["rows"] if line["row"] == "ours"),
+        default=0,
+    )
+    errors = ", ".join(f"{c['row']} {c['error']:.0e}" for c in found["checks"])
+    return (
+        f"{found['asked']['backbone']}, method {found['asked']['method']}, float32, on {m['cpu']}, {m['cores']} cores, "
+        f"{m['level']} kernels, torch {found['versions']['torch']}, svp at {(found['git'] or 'unknown')[:12]}{left_out}; the least of {rounds} round{'s' * (rounds != 1)} or more. "
+        f"Largest errors against float64, of a tensor's largest entry: {errors}.\n"
+    )
+
+
+def bench_counts(found: dict) -> str:
+    """Multiply-adds by the formulas; the shares of a picture at the first size."""
+    counts = found["runs"][0]["counts"]
+    whole = sum(counts["parts"].values())
+    rows = [(name, f"{mac:,.0f}", f"{mac / whole:.1%}") for name, mac in counts["parts"].items()]
+    rows.append(("all", f"{whole:,.0f}", ""))
+    text = markdown(("part", "multiply-adds a token and block", "share"), rows)
+    tail = [
+        f"{run['img_size']} px: {run['counts']['tokens']:,} tokens, {run['counts']['gmac_train']:.2f} GMAC a picture and step, "
+        f"{run['counts']['gmac_infer']:.2f} in the backbone's forward pass, {run['counts']['exponentials'] / 1e6:,.0f} million exponentials a pass"
+        for run in one_of_each_size(found)
+    ]  # fmt: skip
+    return text + "\n" + ".\n".join(tail) + ".\n"
+
+
+def one_of_each_size(found: dict) -> list[dict]:
+    return list({(run["img_size"], run["batch_size"]): run for run in found["runs"]}.values())
+
+
+def clock(run: dict) -> str:
+    return "cpu_seconds" if run["counts_cpu_time"] else "seconds"
+
+
+def where(run: dict) -> tuple[str, str]:
+    return f"{run['img_size']} px, batch {run['batch_size']}", str(run["threads"])
+
+
+def bench_rows(what: str):
+    def rows(found: dict) -> str:
+        heads = (
+            "picture",
+            "threads",
+            "row",
+            "seconds",
+            "images/s",
+            "x floor",
+            "of ViT's speed",
+            "MiB",
+            "of ViT's memory",
+        )
+        lines = []
+        for run in found["runs"]:
+            for line in run["rows"]:
+                if line["what"] != what:
+                    continue
+                part = "~" if "of_blocks" in line else ""
+                ratio, memory, share = line["speed_over_vit"], line["memory_bytes"], line["memory_over_vit"]
+                lines.append((
+                    *where(run), line["row"], f"{part}{line[clock(run)]['min']:.3g}", f"{line['images_per_second']:.3g}",
+                    f"{line['over_floor']:.2f}", shown(ratio, ".2f"), shown(memory and memory / 2**20, ",.0f"), shown(share, ".2f"),
+                ))  # fmt: skip
+        return markdown(heads, lines)
+
+    return rows
+
+
+def bench_floor(found: dict) -> str:
+    heads = (
+        "picture",
+        "threads",
+        "part",
+        "products, s",
+        "scans at least, s",
+        "ours, s",
+        "ours / products",
+        "ours / both",
+    )
+    lines = []
+    for run in found["runs"]:
+        for what, word in (("train", "step"), ("infer", "inference")):
+            floor, key = run["floor"][what], clock(run)
+            ours = [line[key]["min"] for line in run["rows"] if (line["row"], line["what"]) == ("ours", what)]
+            if ours:
+                products, scans = floor[key]["min"], floor["scan_seconds"]
+                lines.append((*where(run), word, *(f"{v:.3g}" for v in (products, scans, ours[0])),
+                              f"{ours[0] / products:.2f}", f"{ours[0] / (products + scans):.2f}"))  # fmt: skip
+    return markdown(heads, lines)
+
+
+def bench_sweep(found: dict) -> str:
+    heads = ("picture", "tokens", "row", "microseconds a token", "KiB a token")
+    lines = [
+        (f"{run['img_size']} px, batch {run['batch_size']}", f"{run['tokens']:,}", line["row"],
+         f"{1e6 * line['seconds_per_token']:,.0f}", shown(line["memory_bytes_per_token"] and line["memory_bytes_per_token"] / 1024, ",.0f"))
+        for run in found["sweep"] for line in run["rows"] if line["what"] == "train"
+    ]  # fmt: skip
+    return markdown(heads, lines) if lines else ""
+
+
+def bench_data(found: dict) -> str:
+    heads = ("picture", "workers", "decoded", "pictures/s", "images/s of the step", "step waits")
+    lines = [
+        (f"{d['img_size']} px, batch {d['batch_size']}", str(r["workers"]), r["decoded"], f"{r['pictures_per_second']:,.0f}",
+         shown(d["step_images_per_second"], ".3g"), shown(r["step_waits"], ".1%"))
+        for d in found["data"] for r in d["rows"]
+    ]  # fmt: skip
+    return markdown(heads, lines) if lines else ""
+
+
+def bench_probe(found: dict) -> str:
+    heads = ("picture", "images/s, features computed", "images/s, features kept", "epochs", "times faster")
+    lines = [
+        (f"{p['img_size']} px, batch {p['batch_size']}", f"{p['computed']['images_per_second']:.3g}",
+         f"{p['kept']['images_per_second']:,.0f}", str(p["epochs"]), f"{p['times_faster']:.1f}")
+        for p in found["probe"]
+    ]  # fmt: skip
+    return markdown(heads, lines) if lines else ""
+
+
+def shown(value, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+PARTS = {
+    "machine": bench_machine, "counts": bench_counts, "train": bench_rows("train"), "infer": bench_rows("infer"),
+    "floor": bench_floor, "sweep": bench_sweep, "data": bench_data, "probe": bench_probe,
+}  # fmt: skip
+
+
 def markdown(heads, rows) -> str:
     right = {i for i, h in enumerate(heads) if h not in TEXT}
     line = " | ".join("---:" if i in right else "---" for i in range(len(heads)))
@@ -194,6 +336,9 @@ def markdown(heads, rows) -> str:
 def keep(name: str, path: str) -> None:
     """The part of a command's JSON that tables show; folders of somebody's machine stay out of it."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
+    if "checks" in found:
+        (RESULTS / f"{name}.json").write_text(json.dumps(short(found), indent=1) + "\n", encoding="utf-8")
+        return
     fields = ("method", "backbone", "img_size", "source", "epochs", "seed", "recipe", "lr_used", "fingerprint")
     runs = []
     for run in found["runs"]:
@@ -204,6 +349,15 @@ def keep(name: str, path: str) -> None:
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"table": found["table"], "runs": runs}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def short(value):
+    """Numbers with six digits that count."""
+    if isinstance(value, dict):
+        return {key: short(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [short(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def main(words: list[str]) -> int:

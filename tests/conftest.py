@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def nan_in_fresh_memory(monkeypatch):
         return t.fill_(float("nan")) if t.is_floating_point() else t
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(native, "KEEP_FLOATS", 0)  # rooms are fresh, too
+    monkeypatch.setattr(native, "_kept", threading.local())
 
 
 @pytest.fixture(autouse=True)

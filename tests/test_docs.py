@@ -7,6 +7,7 @@ in one process: this file with the document's path as its argument.
 
 import contextlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -144,6 +145,28 @@ def test_a_results_file_becomes_a_table():
         "| svp | 12,345 | 97.0 ± 1.1 | 97.0 |", "| raw | - | 97.0 | - |",
     ]  # fmt: skip
     assert "`folder:flowers/` (1,000 / 2 / 3 pictures), 3 epochs, seeds 0, 1 " in text and "/home" not in text
+
+
+def test_a_bench_file_is_kept_whole_but_for_digits_and_becomes_tables(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    best = {"min": 1.23456789, "median": 2.0, "all": [1.23456789, 2.0]}
+    line = dict(what="train", seconds=best, cpu_seconds=best, images_per_second=6.5, over_floor=2.0, speed_over_vit=0.5,
+                memory_bytes=3 * 2**20, memory_over_vit=None)  # fmt: skip
+    floor = dict(seconds=best, cpu_seconds=best, scan_seconds=0.5)
+    run = dict(img_size=224, batch_size=8, threads=2, counts_cpu_time=False, floor={"train": floor, "infer": floor},
+               rows=[{**line, "row": "ours"}, {**line, "row": "reference", "of_blocks": 2, "memory_bytes": None}])  # fmt: skip
+    written = tmp_path / "bench.json"
+    written.write_text(json.dumps({"checks": [], "runs": [run], "sweep": [], "data": [], "probe": []}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.keep("bench", str(written))
+    assert json.loads(written.read_text())["runs"][0]["rows"][0]["seconds"]["all"] == [1.23457, 2.0]
+    rows = tables.table("bench-train").splitlines()[2:]
+    assert rows == ["| 224 px, batch 8 | 2 | ours | 1.23 | 6.5 | 2.00 | 0.50 | 3 | - |",
+                    "| 224 px, batch 8 | 2 | reference | ~1.23 | 6.5 | 2.00 | 0.50 | - | - |"]  # fmt: skip
+    assert "| 224 px, batch 8 | 2 | step | 1.23 | 0.5 | 1.23 | 1.00 | 0.71 |" in tables.table("bench-floor")
+    assert tables.table("bench-sweep") == tables.table("bench-data") == ""
 
 
 # -- the folder that the documents speak of, and the process that runs their blocks ------------------------------------

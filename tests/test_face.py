@@ -20,7 +20,7 @@ NAMES = [  # what everybody uses
 EXTENDING = ["Backbone", "Method", "Phase", "Seams", "Protocol", "Split", "Splits", "Evaluation"]
 OPS = ["causal_conv1d", "causal_conv1d_fn", "selective_scan", "selective_scan_fn"]
 HEAVY = ["torch", "torchvision", "timm", "scipy", "sklearn", "matplotlib", "pyarrow", "transformers"]
-VERBS = ["train", "eval", "predict", "list", "doctor", "convert"]
+VERBS = ["train", "eval", "predict", "list", "doctor", "bench", "convert"]
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess:

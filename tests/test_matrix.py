@@ -167,11 +167,10 @@ class TestContract:
         if method not in NEUTRAL + NEARLY:
             pytest.skip(f"{method} is documented to start elsewhere")
         with torch.no_grad():
-            linear, other = (made(family, name, nets[family])(images) for name in ("linear", method))
-        if method in NEARLY:
-            torch.testing.assert_close(linear, other)
-        else:
-            assert torch.equal(linear, other)
+            linear, other = (made(family, name, nets[family]) for name in ("linear", method))
+            whole = other.method.acts("branch")  # then the last block computes all tokens, and rounds otherwise
+            near = 1e-6 if whole or method in NEARLY else 0
+            torch.testing.assert_close(other(images), linear(images), rtol=0, atol=near)
 
     def test_after_two_steps_all_that_trains_has_moved_and_nothing_else(self, family, method, images):
         net = backbone(family)
@@ -325,7 +324,10 @@ def test_every_kernel_path_acts_alike(method, images):
 
 @pytest.mark.parametrize("method", [m for m in NEUTRAL if m != "linear"])
 def test_a_zero_start_is_the_linear_probe_bit_for_bit(isa, method):
-    """On the fast kernel at every level, however torch is asked to remember: the first step starts from equal logits."""
+    """On the fast kernel at every level, however torch is asked to remember: the first step starts from equal logits.
+
+    But for the last block's rounding, where a method needs all its tokens and the linear probe does not.
+    """
     net = backbone(embed_dim=48, img_size=64)  # wider than a panel of the kernel, an odd count of tokens
     net.kernel = "cpu"
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -333,7 +335,9 @@ def test_a_zero_start_is_the_linear_probe_bit_for_bit(isa, method):
     for training in (False, True):
         want, got = linear.train(training)(images), other.train(training)(images)
         with torch.no_grad():
-            assert torch.equal(want, got) and torch.equal(other(images), got) and torch.equal(linear(images), want)
+            assert torch.equal(other(images), got) and torch.equal(linear(images), want)
+        whole = other.method.acts("branch")
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if whole else 0)
 
 
 if __name__ == "__main__":

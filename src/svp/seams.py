@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from svp.errors import SvpError
+from svp.ops.add_norm import Term
+from svp.ops.add_norm.reference import with_terms
 
 Weights = dict[str, Tensor]
 
@@ -47,6 +49,10 @@ class Tokens(NamedTuple):
         """x[:, at] + p for p (b|1, len(at), d); at: the patches unless given. It enters the residual with x."""
         at = self.patches if at is None else at
         return self._replace(x=self.x + _spread(p.to(self.x.dtype), at, self.x.shape[1]))
+
+    def plus(self, terms: tuple[Term, ...], skip: tuple[int, ...] = ()) -> Tokens:
+        """x + the sum of the terms, at every position but `skip`. A block that is given the terms does it on its way."""
+        return self._replace(x=with_terms(self.x, terms, skip))
 
     def put(self, p: Tensor, at: Tensor) -> Tokens:
         """x[:, at] = p and nothing of the running sum stays there."""
@@ -177,6 +183,9 @@ class Site:
 class Seams:
     """Where a method may touch a frozen backbone. What a method does not override is not there."""
 
+    # whether `block` hands on what run returned as it is: then the last block may leave out what nobody reads
+    acts_before_blocks = False
+
     # three wrappers
     def network(self, images: Tensor, run: Callable) -> Tensor:
         """(b, 3, H, W) as preprocessed -> feature (b, d); run(images, side=None) -> (feature, side as it left the last block).
@@ -186,7 +195,10 @@ class Seams:
         return run(images)[0]
 
     def block(self, tokens: Tokens, i: int, run: Any) -> Tokens:
-        """Block i over all stages; run.norm(stream) is the block's own first norm, run.w its weights in force, by name."""
+        """Block i over all stages; run.norm(stream) is the block's own first norm, run.w its weights in force, by name.
+
+        run(tokens, terms, skip) is run(tokens.plus(terms, skip)) in one pass over the tokens.
+        """
         return run(tokens)
 
     def branch(self, x: Tensor, h: Tensor, i: int, kind: str, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -220,6 +232,10 @@ class Stack(Seams):
 
     def __init__(self, parts: Sequence[Seams]):
         self.parts = tuple(parts)
+
+    @property
+    def acts_before_blocks(self) -> bool:  # type: ignore[override]
+        return all(part.acts_before_blocks or not part.acts("block") for part in self.parts)
 
     def acts(self, seam: str) -> bool:
         return any(part.acts(seam) for part in self.parts)
@@ -295,8 +311,8 @@ class _Outer:
     def __init__(self, part: Seams, i: int, run: Any):
         self.part, self.i, self.run, self.norm, self.w = part, i, run, run.norm, run.w
 
-    def __call__(self, tokens: Tokens) -> Tokens:
-        return self.part.block(tokens, self.i, self.run)
+    def __call__(self, tokens: Tokens, terms: tuple[Term, ...] = (), skip: tuple[int, ...] = ()) -> Tokens:
+        return self.part.block(tokens.plus(terms, skip), self.i, self.run)
 
 
 class _Sum:

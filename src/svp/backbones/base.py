@@ -54,8 +54,10 @@ class Backbone(nn.Module):
         seams = seams or PLAIN
         return seams.network(images, Run(self, w, seams, drop_path))
 
-    def run_blocks(self, images: Tensor, w: Weights, seams: Seams, side: Tensor | None, drop_path: float) -> Tokens:
-        """images (b, 3, H, W) -> the tokens after the last norm, x (b, l, d)."""
+    def run_blocks(
+        self, images: Tensor, w: Weights, seams: Seams, side: Tensor | None, drop_path: float, pooled_only: bool = False
+    ) -> Tokens:
+        """images (b, 3, H, W) -> the tokens after the last norm, x (b, l, d); pooled_only: at least those that are pooled."""
         raise NotImplementedError
 
     def pooled(self, tokens: Tokens, w: Weights) -> Tensor:
@@ -227,7 +229,9 @@ class Run:
 
     def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         self.net.check_images(images)
-        tokens = self.net.run_blocks(images, self.w, self.seams, side, self.drop_path)
+        seams = self.seams
+        nobody_reads = not seams.acts("branch") and (seams.acts_before_blocks or not seams.acts("block"))
+        tokens = self.net.run_blocks(images, self.w, seams, side, self.drop_path, pooled_only=nobody_reads)
         return self.net.pooled(tokens, self.w), tokens.side
 
     def norm(self, x: Tensor) -> Tensor:

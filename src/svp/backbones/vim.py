@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair, rms_norm
 from svp.backbones.checkpoints import recognise  # noqa: F401  one of the questions that every family answers
 from svp.errors import SvpError
-from svp.ops import causal_conv1d, selective_scan
+from svp.ops import Direction, Term, add_norm, causal_conv1d, mixer, selective_scan
 from svp.preprocessing import Preprocessing
 from svp.seams import BlockSite, Scan, Seams, Site, Tokens, Weights
 
@@ -124,11 +124,12 @@ class Vim(Backbone):
         places = torch.tensor([t for t in range(count + len(cls)) if t not in cls], device=x.device)
         return Tokens(x, None, cls, places, places.new_empty(0), self.grid)
 
-    def run_blocks(self, images, w, seams, side=None, drop_path_rate=0.0):
+    def run_blocks(self, images, w, seams, side=None, drop_path_rate=0.0, pooled_only=False):
         blocks = by_block(w)
         tokens = self.embed(images, w)._replace(side=side)
         for i, layer in enumerate(self.layers):
-            block = Block(self, layer, blocks[i], i, seams, drop_rate(drop_path_rate, i, self.depth))
+            last = pooled_only and i == self.depth - 1 and len(tokens.cls) == 1
+            block = Block(self, layer, blocks[i], i, seams, drop_rate(drop_path_rate, i, self.depth), last)
             tokens = self.checkpointed(seams, tokens, i, block)
         tokens = tokens._replace(x=drop_path(tokens.x, drop_path_rate))
         return tokens._replace(x=self.last_norm(tokens.stream, w), residual=None)
@@ -236,17 +237,29 @@ class Taker(Seams):
 
 
 class Block:
-    """What seams.block gets as `run`: block i with the weights in force."""
+    """What seams.block gets as `run`: block i with the weights in force.
 
-    def __init__(self, net: Vim, layer: Layer, w: Weights, i: int, seams: Seams, drop: float):
+    only_cls: nothing but the class token is read afterwards, so that it alone is gated and projected, and each direction
+    is scanned no further than to it. The tokens that come out are then that one.
+    """
+
+    def __init__(self, net: Vim, layer: Layer, w: Weights, i: int, seams: Seams, drop: float, only_cls: bool = False):
         self.net, self.layer, self.w, self.i, self.seams, self.drop = net, layer, w, i, seams, drop
+        self.only_cls = only_cls
 
-    def __call__(self, tokens: Tokens) -> Tokens:
-        x = tokens.x
+    def __call__(self, tokens: Tokens, terms: tuple[Term, ...] = (), skip: tuple[int, ...] = ()) -> Tokens:
         # the residual is added one block late; it stays in float32 or wider whatever autocast does
-        stream = x if tokens.residual is None else drop_path(x, self.drop) + tokens.residual
-        stream = stream if stream.dtype == torch.float64 else stream.float()
-        h = self.norm(stream)
+        x, residual = tokens.x, tokens.residual
+        if self.drop and residual is not None:
+            x, terms = drop_path(tokens.plus(terms, skip).x, self.drop), ()
+        norm, net = self.w["norm.weight"], self.net
+        h, stream = add_norm(x, residual, norm, net.norm_eps, terms=terms, skip=skip, kernel=net.kernel)
+        if self.only_cls:
+            (at,) = tokens.cls
+            none = tokens.patches[:0]
+            return tokens._replace(
+                x=self.mixer(h, at), residual=stream[:, at : at + 1], cls=(0,), patches=none, prompts=none
+            )
         y = self.seams.branch(stream, h, self.i, "mixer", self.mixer) if self.seams.acts("branch") else self.mixer(h)
         return tokens._replace(x=y, residual=stream)
 
@@ -254,34 +267,67 @@ class Block:
         """The block's own first norm, (b, l, d), in the dtype of the weights in force."""
         return rms_norm(x, self.w["norm.weight"], self.net.norm_eps, self.w["norm.weight"].dtype)
 
-    def mixer(self, h: Tensor) -> Tensor:
-        """(b, l, d) -> (b, l, d): both directions over one projection of the normed stream."""
+    def mixer(self, h: Tensor, at: int | None = None) -> Tensor:
+        """(b, l, d) -> (b, l, d): both directions over one projection of the normed stream; at: that token alone, (b, 1, d)."""
         net, mod, seams = self.net, self.layer.mixer, self.seams
         w = {name.removeprefix("mixer."): t for name, t in self.w.items() if name.startswith("mixer.")}
         extra = seams.beside(self.i) if seams.acts("beside") else {}
         memory = seams.memory(self.i, w) if seams.acts("memory") else None
         if memory is not None and not isinstance(memory, Scan):
             raise SvpError(f"block {self.i} of {net.name} holds a scan, the method gives it {type(memory).__name__}")
+        scale, memory = 0.5 if net.divide_out else 1.0, memory or Scan()
         xz = beside(linear(mod.in_proj, w, "in_proj", h), h, extra, "in_proj")
-        x, z = xz.chunk(2, dim=-1)  # (b, l, e) each
-        y = directions(mod, w, x, net.scan_type, memory or Scan(), net.kernel)
-        y = y * F.silu(z)
-        y = y * 0.5 if net.divide_out else y
+        if at is None and net.scan_type == "v2" and all(is_plain(getattr(mod, name)) for name in INNER):
+            pair = (direction(w, twin, memory.direction(k)) for k, twin in enumerate(("", "_b")))
+            y = mixer(xz, *pair, scale=scale, kernel=net.kernel)
+        else:
+            x, z = xz.chunk(2, dim=-1)  # (b, l, e) each
+            z = z if at is None else z[:, at : at + 1]
+            y = directions(mod, w, x, net.scan_type, memory, net.kernel, at) * F.silu(z) * scale
         out = beside(linear(mod.out_proj, w, "out_proj", y), y, extra, "out_proj")
         return out * w["gamma"] if "gamma" in w else out
 
 
-def directions(mod: nn.Module, w: Weights, x: Tensor, scan_type: str, memory: Scan, kernel: str) -> Tensor:
-    """x (b, l, e) -> the sum of the scans over both orders (b, l, e), before the gate."""
+INNER = (
+    "x_proj",
+    "dt_proj",
+    "x_proj_b",
+    "dt_proj_b",
+)  # a hook or wrapper on one of them acts on the path of single ops
+
+
+def direction(w: Weights, twin: str, memory: Scan) -> Direction:
+    """The tensors in force of one direction."""
+    return Direction(
+        w[f"conv1d{twin}.weight"].squeeze(1), w.get(f"conv1d{twin}.bias"), w[f"x_proj{twin}.weight"],
+        w.get(f"x_proj{twin}.bias"), w[f"dt_proj{twin}.weight"], w.get(f"dt_proj{twin}.bias"),
+        negative_exp(w["A_b_log" if twin else "A_log"]), w["D" + twin], *memory,
+    )  # fmt: skip
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A (e, n), in float32 or wider."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
+def directions(
+    mod: nn.Module, w: Weights, x: Tensor, scan_type: str, memory: Scan, kernel: str, at: int | None = None
+) -> Tensor:
+    """x (b, l, e) -> the sum of the scans over both orders (b, l, e), before the gate; at: of that token alone, (b, 1, e)."""
+    until, since = (slice(None), slice(None)) if at is None else (slice(at + 1), slice(at, None))
+    ours = [memory.direction(k) for k in range(1 if scan_type == "none" else 2)]
+    # a scan at one token needs what comes before it in its own order; v1's backward scan reads the forward convolution
+    forward = convolved(w, x if scan_type == "v1" else x[:, until], "", ours[0], False, kernel)
+    y = scan_one_way(mod, w, forward[:, until], "", "A_log", ours[0], False, kernel)
+    y = y if at is None else y[:, -1:]
     if scan_type == "none":
-        return scan_one_way(mod, w, convolved(w, x, "", memory.direction(0), False, kernel), "", "A_log", memory.direction(0),
-                            False, kernel)  # fmt: skip
-    forward = convolved(w, x, "", memory.direction(0), False, kernel)
-    y = scan_one_way(mod, w, forward, "", "A_log", memory.direction(0), False, kernel)
-    if scan_type == "v1":  # the backward scan reads the forward convolution and shares all but A
-        return y + scan_one_way(mod, w, forward, "", "A_b_log", memory.direction(1), True, kernel)
-    backward = convolved(w, x, "_b", memory.direction(1), True, kernel)
-    return y + scan_one_way(mod, w, backward, "_b", "A_b_log", memory.direction(1), True, kernel)
+        return y
+    if scan_type == "v1":  # it shares all but A
+        back = scan_one_way(mod, w, forward[:, since], "", "A_b_log", ours[1], True, kernel)
+    else:
+        backward = convolved(w, x[:, since], "_b", ours[1], True, kernel)
+        back = scan_one_way(mod, w, backward, "_b", "A_b_log", ours[1], True, kernel)
+    return y + (back if at is None else back[:, :1])
 
 
 def convolved(w: Weights, x: Tensor, twin: str, memory: Scan, reverse: bool, kernel: str) -> Tensor:
@@ -296,8 +342,7 @@ def scan_one_way(
 ) -> Tensor:
     """u (b, l, e) -> scan with the input-dependent delta, B, C of one direction, plus the skip term D u."""
     x_proj, dt_proj = getattr(mod, f"x_proj{twin}"), getattr(mod, f"dt_proj{twin}")
-    A_log = w[a_name]
-    A = -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())  # (e, n)
+    A = negative_exp(w[a_name])  # (e, n)
     n = A.shape[1]
     p = linear(x_proj, w, f"x_proj{twin}", u)  # (b, l, r + 2n): delta's code, B, C
     r = p.shape[-1] - 2 * n

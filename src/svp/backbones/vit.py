@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from svp.backbones.base import Backbone, beside, by_block, drop_path, linear, pair
 from svp.errors import SvpError, unknown
+from svp.ops.add_norm import Term
 from svp.preprocessing import Preprocessing
 from svp.seams import KV, BlockSite, Seams, Site, Tokens, Weights
 
@@ -85,7 +86,7 @@ class Vit(Backbone):
         places = torch.arange(self.prefix, x.shape[1], device=x.device)
         return Tokens(x, None, self.cls_positions, places, places.new_empty(0), self.grid)
 
-    def run_blocks(self, images, w, seams, side=None, drop_path_rate=0.0):
+    def run_blocks(self, images, w, seams, side=None, drop_path_rate=0.0, pooled_only=False):
         tokens = self.embed(images, w)._replace(side=side)
         weights = by_block(w, "blocks.")
         for i, layer in enumerate(self.blocks):
@@ -147,8 +148,8 @@ class Block:
         self.layer, self.w, self.i, self.seams, self.drop, self.name = layer, w, i, seams, drop, name
         self.extra = seams.beside(i) if seams.acts("beside") else {}
 
-    def __call__(self, tokens: Tokens) -> Tokens:
-        x = tokens.x
+    def __call__(self, tokens: Tokens, terms: tuple[Term, ...] = (), skip: tuple[int, ...] = ()) -> Tokens:
+        x = tokens.plus(terms, skip).x
         for kind, run, scale, norm in (("attn", self.attend, "ls1", "norm1"), ("mlp", self.mlp, "ls2", "norm2")):
             h = layer_norm(getattr(self.layer, norm), self.w, norm, x)
             scaled = _Scaled(run, self.w.get(f"{scale}.gamma"))

@@ -25,12 +25,13 @@ VERBS = {
     "predict": "Label pictures with a trained run.",
     "list": "Show backbones, methods, tasks, protocols or recipes, and their options.",
     "doctor": "Show what this machine has: versions, kernels, their error and speed.",
+    "bench": "Measure a training step here, beside its peers and what the machine can do at most.",
     "convert": "Turn checkpoints and other people's adapters into files of this package.",
 }
 HABITS = {  # what users of other programs type
     "val": "eval", "test": "eval", "evaluate": "eval", "classify": "predict", "infer": "predict", "fit": "train",
     "checks": "doctor", "check": "doctor", "env": "doctor", "models": "list backbones", "backbones": "list backbones",
-    "methods": "list methods", "help": "--help",
+    "methods": "list methods", "benchmark": "bench", "speed": "bench", "help": "--help",
 }  # fmt: skip
 
 

@@ -73,6 +73,25 @@ class Seeds(click.ParamType):
         return tuple(found)
 
 
+class Counts(click.ParamType):
+    """ "8,1" as a tuple of whole numbers from 1."""
+
+    name = "8,1"
+
+    def __init__(self, what: str, most: int = 100_000):
+        self.what, self.most = what, most
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(
+            part.isascii() and part.isdigit() and len(part) < 9 and 1 <= int(part) <= self.most for part in parts
+        ):
+            self.fail(f"{value!r} is not a list of {self.what} such as 8,1, each from 1 to {self.most:,}", param, ctx)
+        return tuple(map(int, parts))
+
+
 class Page(click.Command):
     """A help page whose epilog keeps its lines, and whose options stand in groups named by `sections`."""
 

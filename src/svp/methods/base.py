@@ -126,6 +126,10 @@ class Several(Method):
             [part for _, part in sorted(parts, key=lambda pair: (not pair[1].takes_pixels, pair[1].changes_shapes))]
         )
 
+    @property
+    def acts_before_blocks(self):
+        return self.stack.acts_before_blocks
+
     def acts(self, seam):
         return self.stack.acts(seam)
 

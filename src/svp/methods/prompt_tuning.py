@@ -32,6 +32,7 @@ class PromptTuning(Method):
     params_formula = "n d; with projection n d + d h + h + h d + d, with h = hidden"
     default_lr = 1e-2
     inserts = True
+    acts_before_blocks = True
 
     @classmethod
     def unfit(cls, site, opt):

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp.errors import SvpError
 from svp.methods.base import Method, fresh_linear
+from svp.ops.add_norm import Term
+from svp.ops.add_norm.reference import ACTIVATIONS, with_terms
 from svp.options import option
 
-
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": identity, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 Activation = Literal["none", "silu", "gelu", "relu"]
 
 
@@ -80,6 +74,7 @@ class SVP(Method):
         "depth (2 d h + h + d) + G (d² + d) + depth d + G d, with G = ceil(depth / shared_layers), h = hidden"
     )
     default_lr = 1e-2
+    acts_before_blocks = True
 
     @classmethod
     def unfit(cls, site, opt):
@@ -147,10 +142,13 @@ class SVP(Method):
         if i not in self.prompted or not self.acts("block"):
             return run(tokens)
         x = {"hidden": lambda: tokens.x, "sum": lambda: tokens.stream, "normed": lambda: run.norm(tokens.stream)}
+        read = x[self.opt.gen_input]()
+        if self.opt.cross_source == "token" and read.shape[1] == len(tokens.patches) + len(tokens.cls):
+            return run(tokens, self.terms(read, i), () if self.opt.prompt_cls else tokens.cls)
         at = tokens.patches
         if self.opt.prompt_cls:
             at = torch.cat([at, at.new_tensor(tokens.cls)]).sort().values
-        return run(tokens.add(self.prompt(x[self.opt.gen_input]()[:, at], i), at))
+        return run(tokens.add(self.prompt(read[:, at], i), at))
 
     def branch(self, x, h, i, kind, run):
         if i not in self.prompted or not self.acts("branch"):
@@ -166,15 +164,10 @@ class SVP(Method):
 
     def prompt(self, x: Tensor, i: int) -> Tensor:
         """x (b, p, d) the tokens to prompt -> their prompts (b, p, d) at block i (Eq. 6)."""
-        inner = self.scaled(self.beta, i, self.drop(self.inner[str(i)](x))) if self.opt.inner else None
-        if not self.opt.cross:
-            assert inner is not None
-            return inner
-        g = self.group[i]
-        generate, scale = self.cross[str(g)], i if self.opt.cross_scale == "layer" else g
-        if self.opt.cross_source == "token":
-            cross = self.scaled(self.alpha, scale, self.drop(generate(x)))
-            return cross if inner is None else cross + inner
+        if self.opt.cross_source == "token" or not self.opt.cross:
+            return sum_of(self.terms(x, i))
+        inner = sum_of(self.terms(x, i, cross=False)) if self.opt.inner else None
+        generate, scale = self.cross_of(i)
         half = x.shape[1] // 2  # released code: the second half reads the first, which is prompted by then
         first = x[:, :half]
         prompt = self.scaled(self.alpha, scale, self.drop(generate(first)))
@@ -183,12 +176,36 @@ class SVP(Method):
         second = second if inner is None else second + inner[:, half:]
         return torch.cat([prompt, second], dim=1)
 
+    def terms(self, x: Tensor, i: int, cross: bool = True) -> tuple[Term, ...]:
+        """The summands of the prompts of x (b, p, d) at block i, before activation and scale where these can wait."""
+        found = []
+        if self.opt.cross and cross:
+            generate, scale = self.cross_of(i)
+            found.append(self.term(generate, x, self.scale_of(self.alpha, scale), self.opt.cross_act))
+        if self.opt.inner:
+            found.append(self.term(self.inner[str(i)], x, self.scale_of(self.beta, i), self.opt.inner_act))
+        return tuple(found)
+
+    def term(self, generate: Generator, x: Tensor, scale: Tensor | None, act: str) -> Term:
+        if self.drop.p:
+            return Term(self.drop(generate(x)), scale)
+        return Term(generate.before_act(x), scale, act)
+
+    def cross_of(self, i: int) -> tuple[Generator, int]:
+        """The cross generator of block i, and the key of its scale."""
+        g = self.group[i]
+        return self.cross[str(g)], i if self.opt.cross_scale == "layer" else g  # type: ignore[return-value]
+
     def groups(self):
         """The released code keeps all scales in two 2-d tensors, which its weight decay reaches: so ours are decayed too."""
         return {"alpha.*": {"decay_scale": 1.0}, "beta.*": {"decay_scale": 1.0}}
 
+    def scale_of(self, scales: nn.ParameterDict, key: int) -> Tensor | None:
+        return None if self.opt.scale_kind == "none" else scales[str(key)]
+
     def scaled(self, scales: nn.ParameterDict, key: int, p: Tensor) -> Tensor:
-        return p if self.opt.scale_kind == "none" else scales[str(key)] * p
+        scale = self.scale_of(scales, key)
+        return p if scale is None else scale * p
 
 
 def from_published(tensors: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -225,7 +242,14 @@ class Generator(nn.Module):
             self.down, self.up = fresh_linear(d, hidden, opt.bias, first), fresh_linear(hidden, d, opt.bias, last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.proj(x) if self.hidden is None else self.up(self.mid_act(self.down(x))))
+        return self.act(self.before_act(x))
+
+    def before_act(self, x: Tensor) -> Tensor:
+        return self.proj(x) if self.hidden is None else self.up(self.mid_act(self.down(x)))
+
+
+def sum_of(terms: tuple[Term, ...]) -> Tensor:
+    return with_terms(torch.zeros_like(terms[0].pre), terms, ())
 
 
 def relative(hidden: int | str, width: int) -> int:

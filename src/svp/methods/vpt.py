@@ -45,6 +45,7 @@ class VPT(Method):
     paper = "arXiv 2203.12119 (ECCV 2022); on Vim: the VPT rows of arXiv 2412.08947, positions as defined here"
     params_formula = "deep: depth T e, shallow: T e, with e = d; with a projection e = project and + e d + d"
     default_lr = 3e-2
+    acts_before_blocks = True
 
     @classmethod
     def unfit(cls, site, opt):

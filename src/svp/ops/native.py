@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch  # before the library: both then share torch's libgomp
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from svp.errors import SvpError
 
-ABI = 3  # must equal ABI of csrc/interface.cpp
+ABI = 4  # must equal ABI of csrc/interface.cpp
 ENV = "SVP_ISA"  # forces a level by name
 # the generic source is written in vectors of 4, which are NEON's on arm64
 LEVELS = ("neon" if platform.machine().lower() in ("arm64", "aarch64") else "generic", "avx2", "avx512")
@@ -111,6 +114,29 @@ class Call:
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
         if function(ctypes.addressof(self.args)) != 0:
             raise MemoryError("the kernel's scratch memory could not be had")
+
+
+_kept = threading.local()
+KEEP_FLOATS = 2**24  # of a thread; what is larger is not kept
+
+
+def room(*shapes: Sequence[int]) -> tuple[Tensor, ...]:
+    """float32 tensors for the steps inside one op, dense, their values arbitrary; the thread's next call gets the same memory.
+
+    Fresh memory costs a page fault every 4 KB, as much as some of the steps themselves.
+    """
+    line = 16  # floats of a cache line; one more between two tensors, so that walking both does not hit the same sets
+    starts, end = [], 0
+    for shape in shapes:
+        starts.append(end)
+        end += (math.prod(shape) + line - 1) // line * line + line
+    flat = getattr(_kept, "flat", None)
+    if flat is None or len(flat) < end:
+        with torch.inference_mode(False):  # a later call may be outside of it
+            flat = torch.zeros(()).new_empty(end)
+        if end <= KEEP_FLOATS:
+            _kept.flat = flat
+    return tuple(flat[i : i + math.prod(shape)].view(shape) for i, shape in zip(starts, shapes, strict=True))
 
 
 def keep_freed_memory() -> bool:

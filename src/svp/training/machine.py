@@ -79,6 +79,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """The most memory so far: of the GPU where there is one, else of this process; None where nobody counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # a child's ru_maxrss begins with the size of its parent
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         import resource
     except ImportError:  # Windows

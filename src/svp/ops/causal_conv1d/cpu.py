@@ -44,7 +44,7 @@ def _(dy, x, weight, bias, past, silu, reverse, needs):
 @impl(LIB, "conv_cpu", "CPU")
 def forward(x, weight, bias, past, silu, reverse):
     y = x.new_empty(x.shape)
-    call = _call(x, weight, bias, past, silu, reverse)
+    call = conv_call(x, weight, bias, past, silu, reverse)
     call.put(y=y)
     call.run("svp_conv_forward")
     return y
@@ -57,7 +57,7 @@ def backward(dy, x, weight, bias, past, silu, reverse, needs):
     dx = x.new_empty(x.shape)
     dweight = x.new_empty(b, taps + 1, e) if needs[0] else None  # each picture's share, the bias last
     dpast = x.new_zeros(b, taps - 1, e) if needs[1] else None
-    call = _call(x, weight, bias, past, silu, reverse)
+    call = conv_call(x, weight, bias, past, silu, reverse)
     call.put(dy=dy, y=dx, dweight=dweight, dpast=dpast)
     call.run("svp_conv_backward")
     return (
@@ -97,12 +97,12 @@ register_autograd("svp::conv_cpu_backward", _no_second, lib=LIB)
 class _Conv(ctypes.Structure):  # kernels.h: Conv
     _fields_ = fields(
         (Rows, "x dy"), (ctypes.c_void_p, "weight bias past"), (ctypes.c_int64, "past_b"),
-        (ctypes.c_void_p, "y dweight dpast"), (ctypes.c_int64, "batch length channels taps"),
-        (ctypes.c_int, "silu reverse threads"),
+        (Rows, "y"), (ctypes.c_void_p, "dweight dpast"), (ctypes.c_int64, "batch length channels taps"),
+        (ctypes.c_int, "silu reverse accumulate threads"),
     )  # fmt: skip
 
 
-def _call(x, weight, bias, past, silu, reverse) -> Call:
+def conv_call(x, weight, bias, past, silu, reverse) -> Call:
     b, l, e = x.shape
     taps = weight.shape[1]
     call = Call(

@@ -32,7 +32,7 @@ struct Tile {
   const float* row_of(const Rows& rows, int64_t t) const {
     return rows.data + picture * rows.b + token(t) * rows.l + first;
   }
-  float* row_of(float* dense, int64_t t) const { return dense + (picture * a.length + token(t)) * a.channels + first; }
+  float* row_of(const OutRows& rows, int64_t t) const { return rows.data + picture * rows.b + token(t) * rows.l + first; }
   void prefetch(const Rows& rows, int64_t t) const {
     if (t < 0 || t >= a.length) return;
     for (int64_t c = 0; c < TILE; c += 16) __builtin_prefetch(row_of(rows, t) + c, 0, 2);
@@ -155,9 +155,9 @@ void backward_weight(const Tile& tile, const Rooms& r, int64_t steps) {
 }
 
 // dx = sum_k weight_k q_{t + (taps - 1) - k}: `ahead` is the row of q that the first tap reads, `taps` how many there are
-void backward_row(const Tile& tile, const Rooms& r, const float* ahead, int64_t taps, float* row) {
+void backward_row(const Tile& tile, const Rooms& r, const float* ahead, int64_t taps, float* row, bool accumulate) {
   for (int64_t c = 0; c < tile.lanes; c += W) {
-    vf dx = {};
+    vf dx = accumulate ? load_part(row + c, tile.count - c) : vf{};
     for (int64_t k = 0; k < taps; ++k) dx += load(r.weight + k * TILE + c) * load(ahead - k * TILE + c);
     store_part(row + c, dx, tile.count - c);
   }
@@ -177,19 +177,19 @@ int conv_backward(const Conv& a) {
       for (int64_t t = from; t < to; ++t) {
         tile.prefetch(a.x, t - STEP);
         tile.prefetch(a.dy, t - STEP);
-        tile.prefetch({a.y, a.length * a.channels, a.channels, 0}, t - STEP);
+        tile.prefetch({a.y.data, a.y.b, a.y.l, 0}, t - STEP);
       }
       read_chunk(tile, r, from, to);
       backward_activation(tile, r, from, to);
       if (a.dweight) backward_weight(tile, r, to - from);
       const float* ahead = r.q + (K - 1) * TILE;
       for (int64_t t = from; t < to; ++t, ahead += TILE) {
-        if (K == TAPS) backward_row(tile, r, ahead, TAPS, tile.row_of(a.y, t));
-        else backward_row(tile, r, ahead, K, tile.row_of(a.y, t));
+        if (K == TAPS) backward_row(tile, r, ahead, TAPS, tile.row_of(a.y, t), a.accumulate);
+        else backward_row(tile, r, ahead, K, tile.row_of(a.y, t), a.accumulate);
       }
       for (int64_t t = 1 - K; from == 0 && a.dpast && t < 0; ++t) {  // the past has no q of its own
         float* row = a.dpast + (tile.picture * (K - 1) + t + K - 1) * a.channels + tile.first;
-        backward_row(tile, r, r.q + (t + K - 1) * TILE, t + K, row);
+        backward_row(tile, r, r.q + (t + K - 1) * TILE, t + K, row, false);
       }
       std::memmove(r.q + STEP * TILE, r.q, sizeof(float) * (K - 1) * TILE);  // the next chunk looks ahead into this one
     }

@@ -7,7 +7,7 @@ using namespace svp;
 
 namespace {
 
-constexpr int ABI = 3;  // python's native.py must agree
+constexpr int ABI = 4;  // python's native.py must agree
 
 bool has(int level) {
 #if defined(SVP_HAS_LEVEL_2)
@@ -31,7 +31,8 @@ int best() {
 int current = best();
 
 #define SVP_TABLE(LEVEL) \
-  Level { LEVEL::scan_forward, LEVEL::scan_backward, LEVEL::conv_forward, LEVEL::conv_backward, LEVEL::exponentials }
+  Level { LEVEL::scan_forward, LEVEL::scan_backward, LEVEL::conv_forward, LEVEL::conv_backward, LEVEL::gate_backward, \
+          LEVEL::add_norm_forward, LEVEL::add_norm_backward, LEVEL::exponentials }
 
 Level functions() {
 #if defined(SVP_HAS_LEVEL_2)
@@ -57,6 +58,9 @@ SVP_API int svp_scan_forward(const Scan* a) { return functions().scan_forward(*a
 SVP_API int svp_scan_backward(const Scan* a) { return functions().scan_backward(*a); }
 SVP_API int svp_conv_forward(const Conv* a) { return functions().conv_forward(*a); }
 SVP_API int svp_conv_backward(const Conv* a) { return functions().conv_backward(*a); }
+SVP_API int svp_gate_backward(const Gate* a) { return functions().gate_backward(*a); }
+SVP_API int svp_add_norm_forward(const AddNorm* a) { return functions().add_norm_forward(*a); }
+SVP_API int svp_add_norm_backward(const AddNorm* a) { return functions().add_norm_backward(*a); }
 
 // p (count, a multiple of 64) becomes 2^-p, over and over: the rate of exponentials, for the benchmark's floor.
 SVP_API int svp_exponentials(float* p, int64_t count, int64_t rounds) {

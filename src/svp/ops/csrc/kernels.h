@@ -4,7 +4,7 @@
 
 namespace svp {
 
-constexpr int64_t T = 16;      // tokens between two stored states; python's cpu.py must agree
+constexpr int64_t T = 32;      // tokens between two stored states; python's cpu.py must agree
 constexpr int64_t PANEL = 64;  // channels that lie side by side in scratch and in stored states; cpu.py must agree
 constexpr int64_t PANELS = 4;  // of one task at most; fixed, so that sums do not depend on the number of threads
 
@@ -14,8 +14,15 @@ struct Rows {
   int64_t b, l, g;
 };
 
+// The same of a tensor that is written.
+struct OutRows {
+  float* data;
+  int64_t b, l, g;
+};
+
 struct Scan {
   Rows u, delta, B, C, z, dy;       // u, delta, z, dy (b, l, e); B, C (b, l, g, n); z may be null; dy: backward only
+  Rows add;                         // (b, l, e) or null: added to y before the gate; forward only
   const float* A;                   // (e, n)
   const float* D;                   // (e)     or null, as all that follow
   const float* delta_bias;          // (e)
@@ -26,7 +33,8 @@ struct Scan {
   float* states;                    // (b, chunks, panels, n, PANEL) the state before each chunk of T tokens
 
   float* y;                         // (b, l, e) dense
-  float* last;                      // (b, e, n)
+  float* before;                    // (b, l, e) dense, or null: y before the gate; forward only
+  float* last;                      // (b, e, n) or null
 
   const float* dlast;               // (b, e, n)
   float* du;                        // (b, l, e)
@@ -41,6 +49,7 @@ struct Scan {
   float* dbias;                     // (b, e)
   float* dh0;                       // (b, e, n)
   int64_t batch, length, channels, groups, n;
+  float scale;                      // of the gate: scale silu(z); forward only
   int softplus, reverse, threads;
 };
 
@@ -50,11 +59,39 @@ struct Conv {
   const float* bias;                // (e) or null
   const float* past;                // (b, taps - 1, e) with past_b floats between pictures, or null
   int64_t past_b;
-  float* y;                         // (b, l, e): y forward, dx backward
+  OutRows y;                        // (b, l, e): y forward, dx backward
   float* dweight;                   // (b, taps + 1, e) each picture's share, the bias last; or null when frozen
   float* dpast;                     // (b, taps - 1, e) or null
   int64_t batch, length, channels, taps;
-  int silu, reverse, threads;
+  int silu, reverse, accumulate, threads;  // accumulate: dx is added to what is there
+};
+
+// What a gated sum of scans, out = scale y silu(z), hands down: dy = dout scale silu(z), dz = dout scale y silu'(z).
+struct Gate {
+  Rows dout, z, y;                  // (b, l, e)
+  OutRows dz;                       // (b, l, e)
+  float* dy;                        // (b, l, e) dense
+  int64_t batch, length, channels;
+  float scale;
+  int threads;
+};
+
+constexpr int64_t ROWS = 16;  // tokens of a task of the two below; add_norm's cpu.py must agree
+
+struct AddNorm {
+  Rows x, residual, pre0, pre1;     // (b, l, d); backward: x is the stream
+  Rows dh, dstream;                 // backward only; dstream may be null
+  const float *scale0, *scale1;     // (d), or one number where step is 0
+  const float* weight;              // (d)
+  const int64_t* skip;              // (skips) tokens that get no term
+  float *h, *stream;                // (b, l, d) dense, forward
+  float* ds;                        // (b, l, d) dense, as dpre
+  float *dpre0, *dpre1;
+  float *dscale0, *dscale1;         // (tasks, d) each task's share; the caller adds them up in order
+  float* dweight;                   // or null when frozen
+  int64_t batch, length, width, skips;
+  float eps;
+  int step0, step1, silu0, silu1, threads;
 };
 
 struct Level {
@@ -62,6 +99,9 @@ struct Level {
   int (*scan_backward)(const Scan&);
   int (*conv_forward)(const Conv&);
   int (*conv_backward)(const Conv&);
+  int (*gate_backward)(const Gate&);
+  int (*add_norm_forward)(const AddNorm&);
+  int (*add_norm_backward)(const AddNorm&);
   void (*exponentials)(float*, int64_t, int64_t);
 };
 
@@ -71,6 +111,9 @@ struct Level {
   int scan_backward(const Scan&);        \
   int conv_forward(const Conv&);         \
   int conv_backward(const Conv&);        \
+  int gate_backward(const Gate&);        \
+  int add_norm_forward(const AddNorm&);  \
+  int add_norm_backward(const AddNorm&); \
   void exponentials(float* p, int64_t count, int64_t rounds); \
   }
 SVP_DECLARE(level_0)

@@ -107,6 +107,8 @@ SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t 
   if (a.z.data) ask(row_of(a.z, at, token, channel));
   if (WHAT == FORWARD_ROWS) {
     ask_to_write(row_of(a.y, a, at, token, channel));
+    if (a.add.data) ask(row_of(a.add, at, token, channel));
+    if (a.before) ask_to_write(row_of(a.before, a, at, token, channel));
   } else {
     ask(row_of(a.dy, at, token, channel));
     ask_to_write(row_of(a.du, a, at, token, channel));
@@ -185,11 +187,20 @@ void read_offset(const Chunk& now, int64_t n, const float* offset, float* y) {
     }
 }
 
-// out = y silu(z); `work` is a plane to use.
-void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const float* y, float* work) {
+// out = (y + add) scale silu(z); `work` is a plane to use.
+void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* y, float* work) {
   const int64_t channel = at.from(panel), count = at.count(panel);
   for (int64_t t = 0; t < now.steps; ++t) {
     float* out = row_of(a.y, a, at, now.token[t], channel);
+    if (a.add.data) {
+      const float* more = row_of(a.add, at, now.token[t], channel);
+      for (int64_t c = 0; c < count; c += W)
+        store(y + t * PANEL + c, load(y + t * PANEL + c) + load_part(more + c, count - c));
+    }
+    if (a.before) {
+      float* before = row_of(a.before, a, at, now.token[t], channel);
+      for (int64_t c = 0; c < count; c += W) store_part(before + c, load(y + t * PANEL + c), count - c);
+    }
     if (!a.z.data) {
       for (int64_t c = 0; c < count; c += W) store_part(out + c, load(y + t * PANEL + c), count - c);
       continue;
@@ -198,7 +209,7 @@ void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t 
     for (int64_t c = 0; c < count; c += W) store(work + t * PANEL + c, decay(load_part(z + c, count - c)));
     for (int64_t c = 0; c < count; c += W) {
       const vf zt = load_part(z + c, count - c), s = sigmoid(zt, load(work + t * PANEL + c));
-      store_part(out + c, load(y + t * PANEL + c) * (zt * s), count - c);
+      store_part(out + c, load(y + t * PANEL + c) * (zt * s * a.scale), count - c);
     }
   }
 }
@@ -290,7 +301,7 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
       forward_epilogue(a, at, now, p, y, d);
     }
   }
-  for (int64_t p = at.first; p < at.end; ++p)
+  for (int64_t p = at.first; a.last && p < at.end; ++p)
     scatter(h + (p - at.first) * states, n, at.count(p), a.last + (at.picture * e + at.from(p)) * n);
 }
 

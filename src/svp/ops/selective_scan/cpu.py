@@ -14,7 +14,7 @@ from svp.errors import SvpError
 from svp.ops import native
 from svp.ops.native import Call, Rows, fields, threads
 
-CHUNK, PANEL, PANELS = 16, 64, 4  # kernels.h: T, PANEL, PANELS
+CHUNK, PANEL, PANELS = 32, 64, 4  # kernels.h: T, PANEL, PANELS
 INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? h0, "
     "Tensor? offset, Tensor? bias"
@@ -62,10 +62,9 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-def saved_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+def saved_shape(u: Tensor, A: Tensor, groups: int) -> tuple[int, ...]:
     """(b, chunks, panels, n, PANEL): the state before each chunk of tokens, as the kernel lays it out."""
     b, l, e = u.shape
-    groups = B.shape[2]
     return b, _pieces(l, CHUNK), groups * _pieces(e // groups, PANEL), A.shape[1], PANEL
 
 
@@ -76,7 +75,7 @@ def _pieces(whole: int, part: int) -> int:
 @register_fake("svp::scan_cpu", lib=LIB)
 def _(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse, save):
     b, l, e = u.shape
-    states = u.new_empty(saved_shape(u, A, B) if save else (0,))
+    states = u.new_empty(saved_shape(u, A, B.shape[2]) if save else (0,))
     return u.new_empty(b, l, e), u.new_empty(b, e, A.shape[1]), states
 
 
@@ -99,8 +98,8 @@ def _(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, 
 def forward(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse, save):
     b, l, e = u.shape
     y, last = u.new_empty(b, l, e), u.new_empty(b, e, A.shape[1])
-    states = u.new_empty(saved_shape(u, A, B) if save else (0,))
-    call = _call(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse)
+    states = u.new_empty(saved_shape(u, A, B.shape[2]) if save else (0,))
+    call = scan_call(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse)
     call.put(y=y, last=last, states=states if save else None)
     call.run("svp_scan_forward")
     return y, last, states
@@ -108,31 +107,39 @@ def forward(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, rev
 
 @impl(LIB, "scan_cpu_backward", "CPU")
 def backward(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse, needs):
-    b, l, e = u.shape
-    g, n, wanted = B.shape[2], A.shape[1], Wanted(*needs)
-    blocks = _pieces(_pieces(e // g, PANEL), PANELS) if e else 0
-
-    def one(shape: tuple, asked: bool = True) -> Tensor | None:
-        return u.new_empty(shape) if asked else None
-
-    du, ddelta, dz = one((b, l, e)), one((b, l, e)), one((b, l, e), z is not None)
-    dB, dC = one((blocks, b, l, g, n)), one((blocks, b, l, g, n))  # each block's share
-    dA, doffset, dh0 = (one((b, e, n), asked) for asked in (wanted.A, wanted.offset, wanted.h0))  # each picture's share
-    dD, ddelta_bias, dbias = (one((b, e), asked) for asked in (wanted.D, wanted.delta_bias, wanted.bias))
-    call = _call(u, delta, A, B, C, D, z, delta_bias, None, offset, bias, softplus, reverse)
-    call.put(dy=dy, dlast=dlast, states=states)
-    call.put(du=du, ddelta=ddelta, dz=dz, dB=dB, dC=dC, dA=dA, doffset=doffset, dD=dD)
-    call.put(ddelta_bias=ddelta_bias, dbias=dbias, dh0=dh0)
+    wanted = Wanted(*needs)
+    du, ddelta, dz = u.new_empty(u.shape), u.new_empty(u.shape), None if z is None else u.new_empty(u.shape)
+    shares = backward_shares(u, A.shape[1], B.shape[2], wanted)
+    call = scan_call(u, delta, A, B, C, D, z, delta_bias, None, offset, bias, softplus, reverse)
+    call.put(dy=dy, dlast=dlast, states=states, du=du, ddelta=ddelta, dz=dz, **shares)
     call.run("svp_scan_backward")
 
-    def summed(t: Tensor | None) -> Tensor | None:
+    def summed(name: str) -> Tensor | None:
+        t = shares[name]
         return None if t is None else t[0] if len(t) == 1 else t.sum(0)
 
     grads = (
-        du, ddelta, summed(dA), summed(dB), summed(dC), summed(dD), dz, summed(ddelta_bias), dh0,
-        summed(doffset), summed(dbias),
+        du, ddelta, *(summed(name) for name in ("dA", "dB", "dC", "dD")), dz, summed("ddelta_bias"), shares["dh0"],
+        summed("doffset"), summed("dbias"),
     )  # fmt: skip
     return tuple(u.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def backward_shares(u: Tensor, n: int, groups: int, wanted: Wanted) -> dict[str, Tensor | None]:
+    """Room for what the backward pass leaves in parts, the first axis to be summed: a part of dB and dC for each block of
+    channels, of the others for each picture."""
+    b, l, e = u.shape
+    blocks = _pieces(_pieces(e // groups, PANEL), PANELS) if e else 0
+
+    def one(*shape: int, asked: bool = True) -> Tensor | None:
+        return u.new_empty(shape) if asked else None
+
+    return {
+        "dB": one(blocks, b, l, groups, n), "dC": one(blocks, b, l, groups, n),
+        "dA": one(b, e, n, asked=wanted.A), "doffset": one(b, e, n, asked=wanted.offset),
+        "dh0": one(b, e, n, asked=wanted.h0), "dD": one(b, e, asked=wanted.D),
+        "ddelta_bias": one(b, e, asked=wanted.delta_bias), "dbias": one(b, e, asked=wanted.bias),
+    }  # fmt: skip
 
 
 def _keep(ctx, inputs, output):
@@ -171,19 +178,20 @@ register_autograd("svp::scan_cpu_backward", _no_second, lib=LIB)
 
 class _Scan(ctypes.Structure):  # kernels.h: Scan
     _fields_ = fields(
-        (Rows, "u delta B C z dy"), (ctypes.c_void_p, "A D delta_bias bias offset h0"), (ctypes.c_int64, "h0_b"),
-        (ctypes.c_void_p, "states y last dlast du ddelta dz dB dC dA doffset dD ddelta_bias dbias dh0"),
-        (ctypes.c_int64, "batch length channels groups n"), (ctypes.c_int, "softplus reverse threads"),
+        (Rows, "u delta B C z dy add"), (ctypes.c_void_p, "A D delta_bias bias offset h0"), (ctypes.c_int64, "h0_b"),
+        (ctypes.c_void_p, "states y before last dlast du ddelta dz dB dC dA doffset dD ddelta_bias dbias dh0"),
+        (ctypes.c_int64, "batch length channels groups n"), (ctypes.c_float, "scale"),
+        (ctypes.c_int, "softplus reverse threads"),
     )  # fmt: skip
 
 
-def _call(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse) -> Call:
+def scan_call(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse) -> Call:
     b, l, e = u.shape
     n = A.shape[1]
     call = Call(
         _Scan(
             batch=b, length=l, channels=e, groups=B.shape[2], n=n, softplus=softplus, reverse=reverse,
-            threads=threads(u), h0_b=e * n if h0 is not None and h0.shape[0] > 1 else 0,
+            threads=threads(u), scale=1.0, h0_b=e * n if h0 is not None and h0.shape[0] > 1 else 0,
         )
     )  # fmt: skip
     call.put(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, h0=h0, offset=offset, bias=bias)
