@@ -6,11 +6,13 @@
 
     <!-- table: NAME --> … <!-- /table -->
 
-NAME is `methods`, `backbones` or `published` (read from the source files), `bench-PART` (from docs/results/bench.json, PARTS
-below), else docs/results/NAME.json. Numbers of runs stand in the documents only through such files.
+NAME is `methods`, `backbones` or `published` (read from the source files), `places`, `ours` or `left-out` (asked of the methods
+themselves), `bench-PART` (from docs/results/bench.json, PARTS below), else docs/results/NAME.json. Numbers of runs stand in the
+documents only through such files.
 """
 
 import ast
+import inspect
 import json
 import re
 import sys
@@ -27,7 +29,15 @@ TEXT = (
     "what it is",
     "file",
     "where",
+    "a LoRA by",
+    "on Vim",
+    "on a ViT",
+    "numbers that train",
+    "paper",
+    "ours",
+    "left out",
 )  # columns that are set flush left
+SAID = {"ours": "Ours", "left-out": "Left out"}  # table: how docstrings begin what is in it
 RESULTS = DOCS / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -52,6 +62,10 @@ def table(name: str) -> str:
             (f"`{n}`", f"`{file}`", f"[{hub}](https://huggingface.co/{hub})") for n, (hub, file) in published().items()
         ]
         return markdown(("backbone", "file", "where"), rows)
+    if name == "places":
+        return markdown(("method", "on Vim", "on a ViT", "numbers that train", "paper"), places())
+    if name in SAID:
+        return markdown(("method", name.replace("-", " ")), said(SAID[name]))
     kind, _, part = name.partition("-")
     path = RESULTS / f"{kind if kind == 'bench' else name}.json"
     if not path.is_file():
@@ -59,7 +73,49 @@ def table(name: str) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     if kind == "bench":
         return PARTS[part](found)
+    if "lora" in found:
+        return lora_rows(found)
     return model_card(found) if "stages" in found else results(found)
+
+
+def places() -> list[tuple[str, ...]]:
+    """Each method on the networks that stand for their families, as `svp list methods NAME` says it."""
+    from svp.cli.list import TYPICAL, place, typical_site
+
+    return [
+        (f"`{name}`", *(place(cls, typical_site(family)) for family in TYPICAL), cls.params_formula, cls.paper)
+        for name, cls in classes()
+    ]
+
+
+def classes() -> list[tuple[str, type]]:
+    import svp.registry
+
+    return [(name, svp.registry.method_class(name)) for name in svp.registry.METHODS.entries()]
+
+
+def said(word: str) -> list[tuple[str, str]]:
+    """What the methods' docstrings say after a word at the start of a line, up to the next such word."""
+    found = []
+    for name, cls in classes():
+        text = inspect.getdoc(cls) or ""
+        part = re.search(rf"^{word}: (.*?)(?=^(?:Ours|Left out|Source): |\Z)", text, re.MULTILINE | re.DOTALL)
+        if part:
+            found.append((f"`{name}`", " ".join(part[1].split())))
+    return found
+
+
+def lora_rows(found: dict) -> str:
+    """What benchmarks/peft_compare.py wrote: whether a LoRA on a layer of a Mamba block acts."""
+    rows = [
+        (f"{row['tool']} on {row['network']}", *(c["said"] for c in row["cells"].values())) for row in found["lora"]
+    ]
+    heads = [f"`{target}`" for target in found["lora"][0]["cells"]]
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v != "-")
+    return (
+        markdown(("a LoRA by", *heads), rows)
+        + f"\nRank {found['rank']}, one layer at a time; {versions}; `benchmarks/peft_compare.py`.\n"
+    )
 
 
 def model_card(facts: dict) -> str:

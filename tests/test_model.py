@@ -1,12 +1,9 @@
-"""AdaptedModel: what every method must keep on every backbone, generated from the registry."""
+"""AdaptedModel: composition, counts, options, the probe; what every method must keep is in test_matrix.py."""
 
-import copy
-import pickle
 import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import svp.model
@@ -14,203 +11,17 @@ from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.methods.base import Method
 from svp.model import adapt, load
-from svp.registry import METHODS
-
-TINY = {"vim_tiny": dict(depth=3, embed_dim=32, d_state=4, patch_size=8, img_size=32, num_classes=7)}
-SMALL = {  # options that fit a network this small
-    "svp": dict(hidden=8, shared_layers=2), "lora": dict(rank=4), "sdt": dict(freeze_channels=0.8, freeze_states=0.5),
-}  # fmt: skip
-NEUTRAL = (  # these start at the frozen network
-    "svp", "linear", "full", "lora", "bitfit", "partial", "repadapter", "fact", "adapter", "sdt", "state_offset",
-)  # fmt: skip
-MERGED = ("linear", "full", "lora", "bitfit", "partial", "repadapter", "fact", "ssf", "sdt", "additional_scan")
-ALL = sorted(METHODS.entries())
-
-
-def backbone(name="vim_tiny", **more):
-    return create_backbone(name, **{**TINY[name], **more})
+from test_matrix import backbone, step, stir
+from test_matrix import made as small
 
 
 def made(method, net=None, **more):
-    try:
-        return adapt(net or backbone(), method, num_classes=5, **{**SMALL.get(method, {}), **more})
-    except SvpError as err:
-        if "cannot act on" not in err.problem:
-            raise
-        pytest.skip(err.problem)
+    return small("vim", method, net or backbone(), probe=True, **more)
 
 
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def stir(model, seed=1):
-    """Trained-looking values: zero starts hide what a method does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator).to(p)
-    return model
-
-
-def step(model, images, steps=2):
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2, weight_decay=0.0)  # gradients alone move
-    for _ in range(steps):
-        loss = F.cross_entropy(model(images), torch.arange(len(images)) % 5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        last = loss.item()
-    return last
-
-
-@pytest.mark.parametrize("method", ALL)
-class TestContract:
-    def test_starts_at_the_frozen_network(self, method, images):
-        if method not in NEUTRAL:
-            pytest.skip(f"{method} is documented to start elsewhere")
-        net = backbone()
-        with torch.no_grad():
-            linear, other = made("linear", net), made(method, net)
-            whole = other.method.acts("branch")  # then the last block computes all tokens, and rounds otherwise
-            torch.testing.assert_close(other(images), linear(images), rtol=0, atol=1e-6 if whole else 0)
-
-    def test_after_two_steps_all_that_trains_has_moved_and_nothing_else(self, method, images):
-        net = backbone()
-        frozen = {k: v.clone() for k, v in net.state_dict().items()}
-        model = made(method, net).train()
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        step(model, images, steps=2)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, before[name]) != (name in trained), name
-        assert all(torch.equal(v, frozen[k]) for k, v in net.state_dict().items())
-        assert all(p.grad is None and p.requires_grad for p in net.parameters()) and not net.training
-
-    def test_the_loss_falls(self, method, images):
-        model = made(method)
-        least = 0.1 if model.num_trainable(True) > model.num_trainable() else 0.0  # without a head the steps are small
-        assert step(model, images, steps=1) > step(model, images, steps=12) + least
-
-    def test_saves_and_loads(self, method, images, tmp_path):
-        net = backbone()
-        model = stir(made(method, net, classes=list("abcde"))).eval()
-        model.save_pretrained(tmp_path / "adapter")
-        again = load(tmp_path / "adapter", net)
-        with torch.no_grad():
-            assert torch.equal(again(images), model(images))
-        assert again.classes == tuple("abcde") and sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-            "README.md", "adapter_config.json", "adapter_model.safetensors",
-        ]  # fmt: skip
-
-    def test_another_backbone_is_refused(self, method, tmp_path):
-        made(method).save_pretrained(tmp_path / "adapter")
-        with pytest.raises(SvpError, match="was trained on vim_tiny"):
-            load(tmp_path / "adapter", backbone(seed=1))
-
-    def test_two_adapters_from_two_threads(self, method, images):
-        net = backbone()
-        models = [stir(made(method, net), seed).eval() for seed in (1, 2)]
-        frozen = {k: v.clone() for k, v in net.state_dict().items()}
-
-        def run(model):
-            loss = F.cross_entropy(model(images), torch.arange(4) % 5)
-            grads = torch.autograd.grad(loss, model.trainable_parameters())
-            return [loss.detach(), *grads]
-
-        want = [run(model) for model in models]
-        wrong = []
-
-        def often(k):
-            for _ in range(8):
-                if not all(torch.equal(a, b) for a, b in zip(run(models[k]), want[k], strict=True)):
-                    wrong.append(k)
-
-        threads = [threading.Thread(target=often, args=(k,)) for k in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
-        assert all(torch.equal(v, frozen[k]) for k, v in net.state_dict().items())
-
-    def test_batches_agree(self, method, images):
-        model = stir(made(method)).eval()
-        with torch.no_grad():
-            torch.testing.assert_close(model(images), torch.cat([model(x[None]) for x in images]))
-
-    def test_disabled_is_the_backbone(self, method, images):
-        net = backbone()
-        model = stir(made(method, net))
-        with model.disabled(), torch.no_grad():
-            assert torch.equal(model.features(images), net.features(images))
-
-    def test_copies_and_pickles(self, method, images):
-        model = stir(made(method)).eval()
-        with torch.no_grad():
-            want = model(images)
-            assert torch.equal(copy.deepcopy(model)(images), want)
-            assert torch.equal(pickle.loads(pickle.dumps(model))(images), want)
-
-    def test_bfloat16_autocast_is_finite_and_near(self, method, images):
-        model = stir(made(method)).eval()
-        with torch.no_grad():
-            want = model(images)
-            with torch.autocast("cpu", torch.bfloat16):
-                got = model(images)
-        assert got.isfinite().all() and (got - want).abs().max() < 0.1 * want.abs().max()
-
-    def test_checkpointing_gives_the_same_gradients(self, method, images):
-        net = backbone()
-        model = stir(made(method, net)).eval()  # no dropout
-
-        def grads():
-            loss = F.cross_entropy(model(images), torch.arange(4) % 5)
-            return torch.autograd.grad(loss, model.trainable_parameters())
-
-        want = grads()
-        net.set_grad_checkpointing()
-        for a, b in zip(grads(), want, strict=True):
-            torch.testing.assert_close(a, b)
-
-    def test_merges_or_says_why_not(self, method, images):
-        model = stir(made(method)).eval()
-        try:
-            net = model.merge()
-        except SvpError as err:
-            assert method not in MERGED and "cannot be merged" in str(err)
-            return
-        with torch.no_grad():
-            torch.testing.assert_close(net.eval()(images), model(images), atol=1e-5, rtol=1e-5)
-
-    def test_other_picture_sizes_and_double_precision(self, method):
-        model = stir(made(method, backbone(img_size=(48, 32)))).double()
-        out = model(torch.randn(1, 3, 48, 32, dtype=torch.float64))
-        assert out.shape == (1, 5) and out.dtype == torch.float64
-        assert next(model.backbone.parameters()).dtype == torch.float64
-
-    def test_without_gradients_nothing_is_kept(self, method, images):
-        with torch.no_grad():
-            assert made(method)(images).grad_fn is None
-
-
-@pytest.mark.parametrize("method", [m for m in NEUTRAL if m != "linear"])
-def test_a_zero_start_is_the_linear_probe_bit_for_bit(isa, method):
-    """On the fast kernel at every level, however torch is asked to remember: the first step starts from equal logits.
-
-    But for the last block's rounding, where a method needs all its tokens and the linear probe does not.
-    """
-    net = backbone(embed_dim=48, img_size=64)  # wider than a panel of the kernel, an odd count of tokens
-    net.kernel = "cpu"
-    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    linear, other = made("linear", net), made(method, net)
-    for training in (False, True):
-        want, got = linear.train(training)(images), other.train(training)(images)
-        with torch.no_grad():
-            assert torch.equal(other(images), got) and torch.equal(linear(images), want)
-        whole = other.method.acts("branch")
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if whole else 0)
 
 
 def test_adapters_of_several_methods_train_from_threads_as_they_do_alone(images):

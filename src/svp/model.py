@@ -216,26 +216,12 @@ class AdaptedModel(nn.Module):
         """Write adapter_config.json, adapter_model.safetensors and README.md; the folder appears whole or not at all."""
         from safetensors.torch import save  # save_file makes files that only their owner may read
 
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
-            raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in self.state_dict().items()}
-            (work / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
-            (work / "adapter_config.json").write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
-            (work / "README.md").write_text(model_card(self, card), encoding="utf-8")
-            work.chmod(0o755)
-            old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
-            if folder.exists():
-                folder.rename(old)
-            work.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        return folder
+        tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in self.state_dict().items()}
+        return write_folder(Path(folder), {
+            "adapter_model.safetensors": save(tensors, {"format": "pt"}),
+            "adapter_config.json": (json.dumps(self.config(), indent=2) + "\n").encode(),
+            "README.md": model_card(self, card).encode(),
+        })  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         """All that `load` needs besides the tensors."""
@@ -342,6 +328,11 @@ def load(
     """
     folder = _adapter_folder(Path(folder))
     config = read_json(folder / "adapter_config.json")
+    if "format" not in config:
+        raise SvpError(
+            f"{folder} was not written by svp: its adapter_config.json has no 'format'",
+            f"svp convert {folder} OUT-FOLDER --backbone NAME --weights FILE, for a LoRA of another program", "artefact",
+        )  # fmt: skip
     try:
         if config["format"] > FORMAT:
             raise SvpError(
@@ -444,6 +435,27 @@ def _adapter_folder(folder: Path) -> Path:
             return candidate
     what = "does not exist" if not folder.exists() else "holds no adapter (adapter_config.json)"
     raise SvpError(f"{folder} {what}", "give a run folder of `svp train`, or what save_pretrained wrote", "artefact")
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    """An adapter folder of these files, in place of an older one; it appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
+        raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            (work / name).write_bytes(content)
+        work.chmod(0o755)
+        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+        if folder.exists():
+            folder.rename(old)
+        work.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return folder
 
 
 def read_json(path: Path, limit: int = 10_000_000) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import svp as package
-from svp.backbones.checkpoints import read_checkpoint
+from svp.backbones.checkpoints import read_checkpoint, save_backbone
+from svp.convert import save_peft
 
 SIZES = dict(depth=2, embed_dim=16, d_state=4, patch_size=8, img_size=32)
 
@@ -109,6 +110,42 @@ def test_what_cannot_be_converted(svp, checkpoint, tmp_path, words, code, proble
     places = {"tmp": tmp_path, "in": checkpoint, "text": tmp_path / "text.pth", "code": tmp_path / "code.pth"}
     told = svp("convert", *(word.format(**places) for word in words))
     assert told.code == code and problem in told.err and told.out == "" and not (tmp_path / "a.pth").exists()
+
+
+def test_a_lora_goes_to_the_layout_of_peft_and_back(svp, tmp_path):
+    save_backbone(package.create_backbone("vit_nano", img_size=16), tmp_path / "net.safetensors")
+    net = package.create_backbone("vit_nano", img_size=16, weights=tmp_path / "net.safetensors")
+    model = package.adapt(net, "lora", num_classes=3, rank=2, probe=False).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1
+    model.save_pretrained(tmp_path / "run" / "model")
+    told = svp("convert", tmp_path / "run", tmp_path / "theirs", "--to", "peft")
+    assert told.code == 0 and "have no place in this layout" in told.out and "svp predict" not in told.err
+    told = svp("convert", tmp_path / "theirs", tmp_path / "back")
+    assert told.code == 2 and "does not hold the network" in told.err and "--backbone NAME" in told.err
+    model.save_pretrained(tmp_path / "ours")
+    for words, said in (
+        ((tmp_path / "ours", tmp_path / "x"), "is an adapter of this package already"),
+        ((tmp_path / "theirs", tmp_path / "x", "--to", "peft"), "is in peft's layout already"),
+        ((tmp_path / "net.safetensors", tmp_path / "x", "--to", "peft"), "is no adapter folder"),
+        ((tmp_path / "theirs", tmp_path / "x.pth"), "which becomes a folder"),
+    ):
+        told = svp("convert", *words)
+        assert told.code == 2 and said in told.err and not (tmp_path / words[1].name).exists()
+
+
+def test_what_peft_wrote_becomes_a_folder(svp, tmp_path):
+    save_backbone(package.create_backbone("vit_nano"), tmp_path / "net.safetensors")
+    net = package.create_backbone("vit_nano", weights=tmp_path / "net.safetensors")
+    model = package.adapt(net, "lora", num_classes=3, rank=2, probe=False).eval()
+    save_peft(model, tmp_path / "theirs")
+    net_words = ("--backbone", "vit_nano", "--weights", tmp_path / "net.safetensors")
+    told = svp("convert", tmp_path / "theirs", tmp_path / "ours", *net_words, "--json")
+    assert told.code == 0 and json.loads(told.out)["kind"] == "adapter"
+    images = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(package.load(tmp_path / "ours")(images), model(images))
 
 
 class Foreign:

@@ -47,6 +47,19 @@ def test_the_page_of_a_method(svp):
     assert any(line.startswith("svp:published") for line in page["presets"])
 
 
+@pytest.mark.parametrize(
+    "method,vim,vit",
+    [
+        ("svp", "direct", "direct"), ("ssf", "adapted (label ssf_vim)", "direct"), ("lora", "direct", "direct"),
+        ("sa2vp", "refused: its attention between picture and prompts", "direct"), ("sdt", "adapted (label sdt_vim)", "refused: it tunes"),
+        ("partial", "direct", "adapted (label partial_vit), preset tokens"),
+    ],
+)  # fmt: skip
+def test_the_page_of_a_method_says_where_it_acts(svp, method, vim, vit):
+    page = json.loads(svp("list", "methods", method, "--json").out)
+    assert page["on Vim"].startswith(vim) and page["on a ViT"].startswith(vit)
+
+
 def test_the_page_of_a_backbone_counts_without_making_it(svp):
     page = json.loads(svp("list", "backbones", "vim_nano", "--json").out)
     assert page["numbers"].startswith("1,991,240")

@@ -180,7 +180,37 @@ def test_semantic_maps_need_embeddings(tmp_path):
         fit(adapt(vit(), "autovp", num_classes=3, mapping="semantic", embeddings=str(path)), splits(), recipe=RECIPE)
 
 
+def test_pictures_are_read_by_texts(tmp_path):
+    """CLIP's logits by hand; the adapter brings the embeddings along."""
+    net, path = vit(), tmp_path / "texts.safetensors"
+    spec = ("vp", dict(head="text", embeddings=str(path)))
+    texts = torch.randn(3, 9, generator=torch.Generator().manual_seed(4))
+    save_file({"target": texts}, path)
+    model = adapt(net, spec, num_classes=3).eval()
+    assert model.num_trainable(True) == model.num_trainable() and model.head_name == "method"
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        z = torch.nn.functional.linear(model.features(images), net.head.weight, net.head.bias)
+        want = torch.stack([100 * torch.cosine_similarity(z, row[None]) for row in texts], dim=1)
+        torch.testing.assert_close(model(images), want)
+    fit(model, splits(train=16, val=6, test=6), recipe=RECIPE, out=tmp_path / "run")
+    path.unlink()
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "run", backbone=net)(images), model.eval()(images))
+    with pytest.raises(SvpError, match="with embeddings of the classes does not exist"):
+        adapt(net, spec, num_classes=3)
+    for tensors, said in (
+        ({"target": texts[:2]}, "expected \\(3, 9\\)"),
+        ({"source": texts}, "no embeddings of texts"),
+    ):
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        with pytest.raises(SvpError, match=said):
+            adapt(net, spec, num_classes=3)
+
+
 REFUSED = [
+    ("vit", ("vp", dict(head="text")), {}, "belong together"),
+    ("vit", "vp", dict(embeddings="x.safetensors"), "belong together"),
     ("vit", "e2vpt", dict(pieces=7), "width 16 do not divide into 7 pieces"),
     ("vit", "e2vpt", dict(position="post"), "attention knows no order"),
     ("vit", "spt", dict(prototypes="mean", num_tokens=20), "4 patches cannot be pooled in 20 windows"),
@@ -199,7 +229,7 @@ def test_what_cannot_act_says_why(backbone, method, options, reason):
         adapt(BACKBONES[backbone](), method, num_classes=3, **options)
 
 
-@pytest.mark.parametrize("method", ["autovp", "ilm_vp"])
+@pytest.mark.parametrize("method", ["autovp", "ilm_vp", ("vp", {"head": "source"})], ids=str)
 def test_maps_need_source_classes(method):
     for net, reason in ((vim(), "no source head"), (vit(), "projection")):
         if reason == "projection":

@@ -244,6 +244,31 @@ def test_two_memories_are_refused(images):
         model(images)
 
 
+NOT_TOGETHER = [
+    ("vim", ["vpt", "prompt_tuning"]), ("vim", ["e2vpt", "vpt"]), ("vim", ["spt", "insvp"]), ("vit", ["prompt_tuning", "sa2vp"]),
+    ("vit", ["sa2vp", "insvp"]), ("vit", ["sa2vp", "vpt"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,methods", NOT_TOGETHER, ids=str)
+def test_two_that_count_tokens_are_refused(kind, methods):
+    with pytest.raises(SvpError, match=r"counts the tokens of the sequence, beside it .* would insert others") as err:
+        adapt(net_of(kind, img_size=32, depth=2), methods, num_classes=3)
+    assert err.value.kind == "usage"
+
+
+@pytest.mark.parametrize(
+    "methods", [["damvp", "ilm_vp"], ["ilm_vp", "damvp"], ["vp", "autovp"], ["autovp", "vp"]], ids=str
+)
+def test_who_takes_raw_pixels_comes_first_whatever_the_order(methods, images):
+    model = adapt(net_of("vim", num_classes=9), methods, num_classes=3)
+    assert model(images).shape == (3, 3)
+    assert adapt(net_of("vim"), [("vpt", dict(preset="shallow")), "prompt_tuning"], num_classes=3)(images).shape == (
+        3,
+        3,
+    )
+
+
 # -- what no golden file holds -----------------------------------------------------------------------------------------
 
 

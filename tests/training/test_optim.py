@@ -53,6 +53,17 @@ def test_constant_stays():
     assert {lr_at(recipe, 0.3, step, 5) for step in range(10)} == {0.3}
 
 
+@pytest.mark.parametrize("first", ["above", "start"])
+@pytest.mark.parametrize("schedule", ["cosine", "cosine_epoch", "milestones", "constant"])
+def test_every_schedule_warms_up_and_never_rises_above_its_rate(schedule, first):
+    recipe = Recipe(epochs=10, lr=1.0, schedule=schedule, warmup=0.25, warmup_first=first, warmup_lr=0.1)
+    rates = [lr_at(recipe, 1.0, step, 7) for step in range(70)]
+    assert rates[0] == 0.1 if first == "start" else rates[0] > 0.1
+    top = rates.index(max(rates))
+    assert rates[top] == 1.0 and rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 

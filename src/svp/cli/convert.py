@@ -1,7 +1,8 @@
-"""`svp convert`: checkpoints between .pth and .safetensors, and the authors' adapters into ours; every key is reported."""
+"""`svp convert`: checkpoints between .pth and .safetensors, other programs' adapters into ours and back; every key is reported."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ FILES = (".safetensors", ".pth", ".pt", ".bin")
     cls=Page,
     sections={
         "Reading": ("ema", "trust_pickle"),
-        "Adapters": ("backbone", "weights"),
+        "Adapters": ("backbone", "weights", "to"),
         "Run": ("overwrite", "keys", "as_json"),
     },
     epilog=examples(
@@ -29,6 +30,8 @@ FILES = (".safetensors", ".pth", ".pt", ".bin")
         "svp convert vim_tiny.safetensors vim_tiny.pth",
         "svp convert authors/best_checkpoint.pth my-adapter/",
         "svp convert authors/best_checkpoint.pth my-adapter/ --backbone vim_small --weights vim_s_midclstok_80p5acc.pth",
+        "svp convert peft-lora/ my-adapter/ --backbone vit_small_patch16_224.augreg_in21k_ft_in1k --weights default",
+        "svp convert my-adapter/ peft-lora/ --to peft",
     ),
 )
 @click.argument("source", metavar="IN")
@@ -41,19 +44,27 @@ FILES = (".safetensors", ".pth", ".pt", ".bin")
 @click.option(
     "--weights", metavar="default|FILE|hf:OWNER/NAME", help="Of that backbone; OUT then holds the adapter alone."
 )
+@click.option("--to", type=click.Choice(["peft"]), help="Write a LoRA of this package in peft's layout.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @click.option("--keys", is_flag=True, help="Name every key instead of the first ones.")
 @JSON
 def command(**typed: Any) -> None:
     """Turn checkpoints and other people's adapters into files of this package.
 
-    IN is a file. A backbone becomes .safetensors or .pth, as OUT ends; an adapter trained with the authors' code becomes a
-    folder that svp eval, svp predict and svp.load read.
+    IN is a file, or the folder of a LoRA that peft saved. A backbone becomes .safetensors or .pth, as OUT ends; an adapter
+    trained with the authors' code or with peft becomes a folder that svp eval, svp predict and svp.load read.
     """
     source, target = Path(typed["source"]).expanduser(), Path(typed["target"]).expanduser()
     if bool(typed["backbone"]) != bool(typed["weights"]):
         raise SvpError("--backbone and --weights belong together", "--backbone vim_small --weights FILE", "usage")
     refuse(source, target, typed["overwrite"])
+    if any((source / part / "adapter_config.json").is_file() for part in ("", "model")):  # or in a run folder
+        show(adapter_folder(source, target, typed), target, True, typed)
+        return
+    if typed["to"]:
+        raise SvpError(
+            f"{source} is no adapter folder, which --to needs", "svp convert my-adapter/ OUT/ --to peft", "usage"
+        )
     from svp.backbones.checkpoints import convert_checkpoint, read_checkpoint
     from svp.convert import is_published_adapter
 
@@ -90,6 +101,24 @@ def base(typed: dict[str, Any]) -> Backbone | None:
     return create_backbone(typed["backbone"], weights=typed["weights"], trust_pickle=typed["trust_pickle"])
 
 
+def adapter_folder(source: Path, target: Path, typed: dict[str, Any]) -> Report:
+    """A folder with an adapter_config.json: peft's into ours, or ours into peft's layout."""
+    from svp.convert import convert_from_peft, convert_to_peft, is_peft
+
+    if target.suffix in FILES or target.is_file():
+        raise SvpError(f"{source} is an adapter, which becomes a folder", f"svp convert {source} {target.with_suffix('')}", "usage")  # fmt: skip
+    if not is_peft(source):
+        if not typed["to"]:
+            raise SvpError(f"{source} is an adapter of this package already", "--to peft writes a LoRA in peft's layout", "usage")  # fmt: skip
+        return written(target, lambda: convert_to_peft(source, target, base(typed)))
+    if typed["to"]:
+        raise SvpError(f"{source} is in peft's layout already", "leave --to out", "usage")
+    net = base(typed)
+    if net is None:
+        raise SvpError(f"{source} does not hold the network that it was trained on", "--backbone NAME --weights FILE", "usage")  # fmt: skip
+    return written(target, lambda: convert_from_peft(source, target, net))
+
+
 def adapter(source: Path, target: Path, net: Backbone | None, reading: dict[str, bool]) -> Report:
     from svp.convert import convert_adapter
 
@@ -97,8 +126,12 @@ def adapter(source: Path, target: Path, net: Backbone | None, reading: dict[str,
         raise SvpError(
             f"{source} is an adapter, which becomes a folder", f"svp convert {source} {target.with_suffix('')}", "usage"
         )
+    return written(target, lambda: convert_adapter(source, target, backbone=net, **reading))
+
+
+def written(target: Path, write: Callable[[], Report]) -> Report:
     try:
-        return convert_adapter(source, target, backbone=net, **reading)
+        return write()
     except OSError as err:
         raise SvpError(
             f"{target} cannot be written: {err.strerror or err}", "check the folder and its disk", "env"
@@ -119,5 +152,5 @@ def show(report: Report, target: Path, is_adapter: bool, typed: dict[str, Any]) 
         lines = [*report.notes, *(f"{word}: {key}" for word, keys in parts.items() for key in keys)]
     click.echo("\n".join(lines))
     click.echo(f"{kind} written: {target}")
-    if is_adapter:
+    if is_adapter and not typed["to"]:
         say(f"next: svp predict {target} PICTURE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from svp.cli.words import JSON, Page, columns, examples, say
 from svp.errors import SvpError, unknown
 
 Table = list[dict[str, Any]]  # rows by heading; the first column is the name
+TYPICAL = {"Vim": "vim_small", "a ViT": "vit_base_patch16_224.augreg_in1k"}  # a family, and who stands for it
 Facts = dict[str, Any]  # a page: text by heading, and under "options" a Table
 
 
@@ -162,6 +164,7 @@ def method_page(name: str) -> Facts:
         "in detail": inspect.getdoc(cls) or "",
         "paper": cls.paper,
         "numbers that train": cls.params_formula,
+        **{f"on {family}": place(cls, typical_site(family)) for family in TYPICAL},
         "learning rate": f"{cls.default_lr:g} (default of our recipe)",
         "presets": [
             f"{name}:{preset}  {settings(values) or '(the defaults)'}" for preset, values in cls.PRESETS.items()
@@ -170,6 +173,34 @@ def method_page(name: str) -> Facts:
         "use": f"svp train SOURCE --method {name}"
         + (f" -s {example['option']}={plain(example['default'])}" if example else ""),
     }
+
+
+@functools.cache
+def typical_site(family: str) -> Any:
+    """What methods may know of the network that stands for a family; sizes alone, without memory behind its tensors."""
+    import torch
+
+    from svp.backbones.create import family_class, family_of
+
+    name = TYPICAL[family]
+    module = family_of(name)
+    with torch.device("meta"):
+        return family_class(module)(name, **module.VARIANTS[name]).site()
+
+
+def place(cls: Any, site: Any) -> str:
+    """Whether a method acts on a network as published, adapted under a label of its own, or not, and why."""
+    from svp.methods.base import options_of
+
+    opt = options_of(cls, {}, cls.__name__)
+    reason, preset = cls.unfit(site, opt), ""
+    for name in cls.PRESETS if reason else ():  # what the defaults cannot do, a preset may
+        other = options_of(cls, {"preset": name}, cls.__name__)
+        if cls.unfit(site, other) is None:
+            reason, preset, opt = None, f", preset {name}", other
+            break
+    label = cls.label(site, opt)
+    return f"refused: {reason}" if reason else f"adapted (label {label}){preset}" if label else f"direct{preset}"
 
 
 def backbone_page(name: str) -> Facts:

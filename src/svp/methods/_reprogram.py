@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -104,6 +106,56 @@ class LabelMap(nn.Module):
         predicted, labels = (torch.cat(part) for part in zip(*said, strict=True))
         found = greedy(frequencies(predicted, labels, len(self.source.weight), classes), each)  # type: ignore[arg-type]
         self.map.copy_(found)  # type: ignore[operator]
+
+
+class TextHead(nn.Module):
+    """feature (b, d) -> logits (b, C): the cosine of its projection with an embedding of each class's text, times a scale.
+
+    The projection is the frozen head of a CLIP tower; the embeddings are a saved buffer, so that an adapter needs its file
+    once. Raises SvpError for a file that holds none, and when it is used without.
+    """
+
+    text: Tensor
+    scale: Tensor
+
+    def __init__(self, source: nn.Linear, num_classes: int, path: str):
+        super().__init__()
+        self.projection = SourceHead(source)
+        self.missing = None if Path(path).exists() else path  # a loaded adapter brings its own
+        shape = (num_classes, source.out_features)
+        text, scale = (torch.zeros(shape), torch.ones(1)) if self.missing else texts_in(path, shape)
+        self.register_buffer("text", text)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.missing:
+            raise SvpError(
+                f"{self.missing} with embeddings of the classes does not exist", "-s vp.embeddings=FILE", "usage"
+            )
+        return self.scale * F.normalize(self.projection(x), dim=-1) @ F.normalize(self.text, dim=-1).T
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.missing = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def texts_in(path: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(embeddings (C, e), scale (1,)) of a file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+        text, scale = found["target"].float(), found.get("scale", torch.tensor(100.0)).float().reshape(1)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as err:
+        raise SvpError(
+            f"{path} holds no embeddings of texts: {err}", "a .safetensors file with `target`", "artefact"
+        ) from err
+    if text.shape != shape:
+        raise SvpError(
+            f"{path}: target is {tuple(text.shape)}, expected {shape}, a row for each class", kind="artefact"
+        )
+    return text, scale
 
 
 def frequencies(predicted: Tensor, labels: Tensor, source: int, classes: int) -> Tensor:

@@ -23,8 +23,8 @@ class Adapter(Method):
     adaptformer  branch(x) + scale a(x) beside the MLP (ViT, direct) or the mixer (Vim, adapted), x the stream before its norm
     parallel     Vim (direct): scale a(o) beside out_proj, o the gated mean of both directions; no biases (MambaPEFT)
     pfeiffer     y + a(y) after the MLP (ViT, direct) or the mixer (Vim, adapted);  houlsby: after attention too
-    Not offered: AdaptFormer's LayerNorm behind the adapter, which is not the frozen network at the start. relu in Houlsby and
-    Pfeiffer, whose papers leave it open: ours.
+    Ours: relu in Houlsby and Pfeiffer, whose papers leave it open; the places on Vim, which has no MLP.
+    Left out: AdaptFormer's LayerNorm behind the adapter, which is not the frozen network at the start.
     Source: arXiv 2205.13535 (AdaptFormer, repository ShoufaChen/AdaptFormer), 2411.03855 (parallel), 1902.00751 (Houlsby),
     2005.00247 (Pfeiffer).
     """

@@ -20,8 +20,9 @@ class AdditionalScan(Method):
     first ("prefix", published) or the last ("suffix").
     init "zero_c": B as a linear layer starts, C zero: the frozen network, and it learns (arXiv 2503.03499, dim_extend);
     "mambapeft": B and C both as a linear layer starts, which changes the output at the start.
-    The published zero start of both ("zero_init_x_proj") never learns, all its gradients are zero: not offered; nor are
-    constant starts of the new A. Vim: direct. A ViT has no scan.
+    Vim: direct. A ViT has no scan.
+    Left out: the published zero start of both B and C ("zero_init_x_proj"), which never learns, as all its gradients are zero;
+    constant starts of the new A, as the released settings copy.
     Source: arXiv 2411.03855, repository sony/MambaPEFT, additional_scan.
     """
 

@@ -27,9 +27,10 @@ class Affix(Method):
     outer   tokens stand before in_proj, without the block's norm: in front of the sequence (single: the backward scan meets
             them last, when nothing is left to see them) and behind it too (dual)
     The z half of an inner token gates its own dropped output only: `x_only` leaves these dead numbers out.
-    A LoRA with dropout on in_proj stands beside the layer and is not seen by outer tokens (ours).
-    Embeddings start N(0, 1), not at the frozen network. Vim: direct. On a ViT the same idea is `prefix_tuning`. Not offered:
-    suffixes (their gradient is exactly zero: scans look back only), infixes, and the released centfixes (wrong positions).
+    Embeddings start N(0, 1), not at the frozen network. Vim: direct. On a ViT the same idea is `prefix_tuning`.
+    Ours: a LoRA with dropout on in_proj stands beside the layer and is not seen by outer tokens.
+    Left out: suffixes, whose gradient is exactly zero, as scans look back only; infixes, which stand between the picture's
+    tokens and so are nothing a scan could start from; the released centfixes, which cut columns at wrong positions.
     Source: arXiv 2411.03855; repository sony/MambaPEFT, PrefixEncoder and prefix_type.
     """
 

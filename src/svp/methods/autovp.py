@@ -38,9 +38,11 @@ class AutoVP(Method):
     mapping   fully: a layer source -> ours; freq: by the frequencies of predictions, before training; iter: renewed
               before every `interval`-th epoch; semantic: by embeddings of the class names, from a file with the tensors
               `source` (S, e) and `target` (C, e); each class reads the mean of `num_map` source logits
-    The search over these options that gives the method its name is a study over runs. The released code trains with
-    automatic precision and no loss scaling, and selects on test; neither is a matter of the method.
-    Pictures that come at another size are resized first. Away from 224 pixels, 128 becomes round(128 side / 224): ours.
+    Pictures that come at another size are resized first.
+    Ours: away from 224 pixels, 128 becomes round(128 side / 224).
+    Left out: the search over these options that gives the method its name, which is a study over runs; automatic precision
+    without loss scaling and selection on test, as the released code has them, which are no matter of the method; the CLIP
+    form with 81 text templates, whose backbone reads class names.
     Source: arXiv 2310.08381; repository IBM/AutoVP, auto_vp/programs.py.
     """
 

@@ -30,7 +30,8 @@ class Method(Seams, nn.Module):
     A subclass has a frozen dataclass `Options` and builds its parameters in `__init__` from the site.
     `params_formula` and `paper` are shown by `svp list methods NAME`; `default_lr` is the learning rate of our own
     recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched; a method with
-    `changes_shapes` replaces weights after those it stands together with, whatever the order of their names.
+    `changes_shapes` replaces weights after those it stands together with, whatever the order of their names. Beside one
+    that `counts_tokens` no other may insert tokens (`inserts`).
     """
 
     @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Method(Seams, nn.Module):
     default_lr: ClassVar[float] = 1e-2
     known_inert: tuple[str, ...] = ()
     changes_shapes: ClassVar[bool] = False
+    inserts: bool = False
+    counts_tokens: bool = False
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
@@ -62,6 +65,11 @@ class Method(Seams, nn.Module):
     def preprocessing(self, p: Preprocessing) -> Preprocessing:
         """Another input size or normalisation than the backbone's."""
         return p
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether pictures come with a preprocessing of this method's own: it makes the network's from them, so it is outermost."""
+        return type(self).preprocessing is not Method.preprocessing
 
     def make_head(self, site: Site, num_classes: int) -> nn.Module | None:
         """A module feature (b, d) -> logits (b, num_classes) of the method's own; None: the head asked for in `adapt`."""
@@ -100,7 +108,7 @@ def options_of(cls: type[Method], values: dict[str, Any], name: str) -> Any:
 
 
 class Several(Method):
-    """Methods that act together: `svp+lora`. Wrappers nest in the order given (the first is outermost)."""
+    """Methods that act together: `svp+lora`. Wrappers nest in the order given (the first is outermost, after raw pixels)."""
 
     def __init__(self, parts: Sequence[tuple[str, Method]]):
         nn.Module.__init__(self)
@@ -109,7 +117,14 @@ class Several(Method):
         self.num_classes = parts[0][1].num_classes
         self.parts = nn.ModuleDict(dict(parts))
         self.known_inert = tuple(f"parts.{name}.{pattern}" for name, part in parts for pattern in part.known_inert)
-        self.stack = Stack([part for _, part in sorted(parts, key=lambda pair: pair[1].changes_shapes)])
+        for name, part in parts:
+            others = [other for other, beside in parts if beside is not part and beside.inserts]
+            if part.counts_tokens and others:
+                problem = f"{name} counts the tokens of the sequence, beside it {others[0]} would insert others"
+                raise SvpError(problem, "combine only one of them", kind="usage")
+        self.stack = Stack(
+            [part for _, part in sorted(parts, key=lambda pair: (not pair[1].takes_pixels, pair[1].changes_shapes))]
+        )
 
     @property
     def acts_before_blocks(self):

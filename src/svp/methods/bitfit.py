@@ -12,7 +12,8 @@ class BitFit(Method):
     """b' = b + o for every bias b of the backbone, its source head left alone; o starts at zero, so decay pulls to b.
 
     On Vim these are the biases of the patch embedding, the convolutions and delta (conv1d, dt_proj, both directions); on a
-    ViT those of norms, qkv, proj, fc1, fc2 and the patch embedding. Direct on both; that o and not b trains is ours.
+    ViT those of norms, qkv, proj, fc1, fc2 and the patch embedding. Direct on both.
+    Ours: that o and not b trains.
     Source: arXiv 2106.10199.
     """
 

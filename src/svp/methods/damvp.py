@@ -21,13 +21,15 @@ class DAMVP(Method):
     """images + frame[c], c the cluster whose mean feature is nearest to that of the unprompted picture.
 
     Before training, features of at most `sample` augmented training pictures are clustered (average linkage) up to a
-    distance: published for a few networks (21 ResNet-50, 31 ViT-B/16 of ImageNet-1k, 10 of 21k). The default is ours: of 40
-    values between the 5th and 95th percentile of all distances the smallest that gives at most `max_clusters`.
+    distance: published for a few networks (21 ResNet-50, 31 ViT-B/16 of ImageNet-1k, 10 of 21k).
     head "new" trains a head beside the frames (the paper's SGD gives it a rate of its own: head_lr=0.1); "features" trains
     none: class j reads one of the features that vary most over pictures of noise. `meta` starts every frame from a saved one.
     The released code's slip in the momentum's name (momentum 0) is the recipe's, and so is its schedule that overwrites
-    the head's rate: without head_lr both share one. It tests the best frames with the latest head; here both are the best's.
-    A picture costs a second frozen pass. Away from 224 pixels the frame is in proportion: ours.
+    the head's rate: without head_lr both share one. A picture costs a second frozen pass.
+    Ours: the default distance, of 40 values between the 5th and 95th percentile of all distances the smallest that gives at
+    most `max_clusters`; away from 224 pixels the frame is in proportion.
+    Left out: testing the best frames with the latest head, as the released code does; here both are the best's. Meta-training
+    over several data sets, which is a study over runs (`meta_step` is its step, `meta` reads what it made).
     Source: arXiv 2303.08138; repository shikiw/DAM-VP, task_adapting/adapter.py.
     """
 

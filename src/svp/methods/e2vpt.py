@@ -27,8 +27,10 @@ class E2VPT(VPT):
     preset "published" is the released code: pieces are interleaved channels (j mod pieces) instead of segments, masks train
     along in the first training, the score is the signed gradient of the mask instead of its size at mask 1, and the second
     training starts from newly drawn prompts instead of the first ones. The head is rewound to its start in both.
-    On Vim, which has no keys and values, the prompts and masks alone are left: label "e2vpt_in", ours.
-    The score is the mean over evaluation batches of training pictures, not augmented.
+    Ours: on Vim, which has no keys and values, the prompts and masks alone are left (label "e2vpt_in"); the score is the mean
+    over evaluation batches of training pictures, not augmented.
+    Left out: the search over the shares that go, which is a study over runs; prompts in queries and one table for all blocks,
+    which are ablations of the released code.
     Source: arXiv 2307.13770; repository ChengHan111/E2VPT, vit_prompt/vit_prompt_VK.py and engine/trainer.py.
     """
 

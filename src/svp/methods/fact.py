@@ -17,10 +17,11 @@ class FacT(Method):
     """W' = W + scale V T_jᵀ U on every d x d block j of every projection; U (r, d), V (d, r) belong to all of them.
 
     A block of a ViT holds 12: q, k, v, proj, four of fc1, four of fc2 (direct). A Vim block holds 6: four of in_proj, two of
-    out_proj (adapted, ours). tt: T_j (r, r) each its own; tk: T_j = sum_s P_sj C_s with C (r, r, r), P (r, blocks).
-    V starts at zero: the frozen network; U and tt's T as linear layers, C and P Xavier. The released code cuts T of fc1 and
-    fc2 in an interleaved order, which is another naming of the same family, and drops out 0.1 of the code (left out here: the
-    change stays a weight). The scale is chosen for each task in the source; its default is ours.
+    out_proj (adapted). tt: T_j (r, r) each its own; tk: T_j = sum_s P_sj C_s with C (r, r, r), P (r, blocks).
+    V starts at zero: the frozen network; U and tt's T as linear layers, C and P Xavier.
+    Ours: the default scale, which the source chooses for each task; the blocks of Vim.
+    Left out: dropout of the code (0.1), so that the change stays a weight; the interleaved order in which the released code
+    cuts T of fc1 and fc2, which is another naming of the same family.
     Source: arXiv 2212.03145; repository JieShibo/PETL-ViT, FacT.
     """
 

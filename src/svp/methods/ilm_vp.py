@@ -21,7 +21,9 @@ class ILMVP(Method):
     ilm        the map follows the frequencies of predictions, before every `interval`-th epoch;  flm: once, before training
     rlm        a map drawn once
     The program starts at 0: an expansive frame at mid-grey. The released code leaves classes without training pictures
-    out of the map and breaks; here every class has its source. Sizes away from 224 pixels are in proportion: ours.
+    out of the map and breaks; here every class has its source.
+    Ours: sizes away from 224 pixels are in proportion.
+    Left out: the CLIP form with text prompts, whose backbone reads class names.
     Source: arXiv 2211.11635; repository OPTML-Group/ILM-VP, models/visual_prompt.py and algorithms/.
     """
 

@@ -17,7 +17,9 @@ class InitialState(Method):
     """h_0 (e, n) for each direction of each block, and with `conv` the inputs of the convolution before the first token.
 
     Both start at zero: the frozen network. The effect of h_0 decays along the sequence with exp(sum delta A). Neither is
-    decayed, as published. Published on language models; on Vim adapted: one for each direction (ours). A ViT has no state.
+    decayed, as published. Published on language models; on Vim adapted. A ViT has no state.
+    Ours: a state for each direction.
+    Left out: a random start of the state, which is not the frozen network.
     Source: arXiv 2410.09016 and 2503.03499; repository furiosa-ai/ssm-peft, SelectiveScanWithInitState.
     """
 

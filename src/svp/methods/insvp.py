@@ -80,6 +80,7 @@ class InsVP(VPT):
         )  # fmt: skip
         self.drop, self.proj = nn.Dropout(opt.dropout), nn.Identity()
         self.attends, self.inserts = "attn" in site.blocks[0].kinds, has_tokens(site, opt)
+        self.counts_tokens = self.inserts
         if self.inserts:
             d, count = site.blocks[0].width, opt.num_tokens
             self.prompts = nn.Parameter(torch.empty(len(site.blocks), count, d).uniform_(-1, 1))

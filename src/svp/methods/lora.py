@@ -33,11 +33,12 @@ class Lora(Method):
     The scale is a plain factor (peft's lora_alpha / r). rslora divides it by sqrt(rank): scale is then peft's lora_alpha.
     dora: W' = m (W + scale · up @ down) / its norm, m starting at the norm of W, no gradient through the norm; a norm for
     each input ("column", MambaPEFT) or each output ("row", the DoRA paper and peft). The released MambaPEFT starts the
-    backward m of d, B and C from the forward rows; ours starts each at its own.
-    Dropout acts on the rank-sized code of projections and, as published, not on x_proj, d, B, C, dt; nor, unlike published,
-    on embed, and there is none with dora (MambaPEFT; on a ViT ours).
+    backward m of d, B and C from the forward rows; here each starts at its own.
+    Dropout acts on the rank-sized code of projections and, as published, not on x_proj, d, B, C, dt; there is
+    none with dora (as in MambaPEFT). On a ViT direct, at q and v as in the paper.
+    Ours: default ranks; no dropout on embed, nor beside dora on a ViT.
     Source: arXiv 2106.09685, 2402.09353 (DoRA), 2312.03732 (rsLoRA); the partial forms: arXiv 2411.03855, repository
-    sony/MambaPEFT (scale 0.1). On a ViT direct, at q and v as in the paper; default ranks: ours.
+    sony/MambaPEFT (scale 0.1).
     """
 
     @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from svp.errors import nearest
+from svp.methods._layers import is_vit
 from svp.methods.base import Method
 from svp.options import option
 
@@ -22,9 +23,11 @@ DECAY = {"A": 10.0, "D": 10.0, "conv1d": 10.0, "bias": 100.0}  # published multi
 class Partial(Method):
     """w' = w + o, o zero at the start, so that weight decay pulls towards the pre-trained value.
 
-    A: A = -exp(A_log + o) · D · conv1d: the taps · bias: that of delta · conv1d_bias (ours) · cls · pos
+    A: A = -exp(A_log + o) · D · conv1d: the taps · bias: that of delta · conv1d_bias · cls · pos
     The weight decay of A, D and conv1d is 10 times the recipe's, of bias 100 times, as published. Vim: direct. A ViT has
-    cls and pos only (adapted).
+    cls and pos only (adapted, preset "tokens").
+    Ours: conv1d_bias.
+    Left out: training the tensors themselves (the flags without `_v2`), which weight decay pulls to zero.
     Source: arXiv 2411.03855, repository sony/MambaPEFT (the `_v2` flags).
     """
 
@@ -32,6 +35,7 @@ class Partial(Method):
     class Options:
         parts: tuple[str, ...] = option(("conv1d",), "which tensors: " + ", ".join(PARTS))
 
+    PRESETS = {"tokens": dict(parts=("cls", "pos"))}
     paper = "arXiv 2411.03855 (ICLR 2025)"
     params_formula = (
         "A: 2 depth e n · D, bias, conv1d_bias: 2 depth e · conv1d: 2 depth e taps · cls: d · pos: (patches + 1) d"
@@ -47,6 +51,10 @@ class Partial(Method):
             if not names_of(part, site):
                 return f"{site.name} has no tensors for '{part}'"
         return "no part is named" if not opt.parts else None
+
+    @classmethod
+    def label(cls, site, opt):
+        return "partial_vit" if is_vit(site) else None
 
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)

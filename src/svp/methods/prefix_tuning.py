@@ -13,8 +13,8 @@ from svp.seams import KV
 class PrefixTuning(Method):
     """n keys and values of each block, as a table that starts N(0, 1), or made by a network from an embedding.
 
-    ViT: direct; what the published reparametrisation leaves open on pictures (start values, widths) is ours. Vim has no
-    attention: `affix` is the same idea there.
+    ViT: direct. Vim has no attention: `affix` is the same idea there.
+    Ours: what the published reparametrisation leaves open on pictures, start values and widths.
     Source: arXiv 2101.00190.
     """
 

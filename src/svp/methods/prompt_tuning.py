@@ -15,8 +15,8 @@ class PromptTuning(Method):
     """n tokens enter once, in front of the sequence, behind it, or half (the larger first) at either end; no positions.
 
     They start N(0, 1) or are made by a network from an embedding. Vim: direct. ViT: adapted; attention knows no order, so
-    `prefix` is the only place. Of the published types infix is not offered: its released class position is wrong.
-    `vpt` with deep=false is the same idea with other start values.
+    `prefix` is the only place. `vpt` with deep=false is the same idea with other start values.
+    Left out: the type infix, whose released class position is wrong.
     Source: arXiv 2411.03855; repository sony/MambaPEFT, prompt_type.
     """
 
@@ -31,6 +31,7 @@ class PromptTuning(Method):
     paper = "arXiv 2411.03855 (ICLR 2025)"
     params_formula = "n d; with projection n d + d h + h + h d + d, with h = hidden"
     default_lr = 1e-2
+    inserts = True
     acts_before_blocks = True
 
     @classmethod

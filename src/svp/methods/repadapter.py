@@ -18,8 +18,9 @@ class RepAdapter(Method):
 
     A (rank, d) starts Xavier, B (d, rank) of `groups` diagonal blocks and both biases at zero: the frozen network.
     W' = W + scale (W B) A,  c' = c + scale W (B a + b). ViT (direct): after the norms, before qkv and before fc1. Vim
-    (adapted, ours): after the norm, before in_proj. Beside another method of weights: name that one first, so that its
-    weights read h' too. The scale is chosen for each task in the source (0.1 to 10); its default is ours.
+    (adapted): after the norm, before in_proj. Beside another method of weights: name that one first, so that its
+    weights read h' too.
+    Ours: the default scale, which the source chooses for each task (0.1 to 10); the place on Vim.
     Source: arXiv 2302.08106; repository luogen1996/RepAdapter.
     """
 

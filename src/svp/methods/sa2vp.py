@@ -46,6 +46,7 @@ class SA2VP(Method):
         "l k + k d + d + depth (2 d + 2 d k + k + d) + n (d + l k + k d + d), l tokens, k = hidden, n = deep prompts"
     )
     default_lr = 1e-3
+    counts_tokens = True
 
     @classmethod
     def unfit(cls, site, opt):

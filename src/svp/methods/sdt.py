@@ -18,10 +18,10 @@ class SDT(Method):
     Phase one trains an offset of all of A_log. Then the channels with the largest sum of squares, and in each of them the
     states with the largest square, are kept; the warm-up's offset is thrown away and the offsets at these places train
     from zero. `+lora` on out_proj and in_proj (rank 8) completes the published recipe (SDLoRA).
-    The source counts the warm-up in steps (248 or 499); here it is in epochs (ours), as are both directions of Vim, and
-    at least one channel and state is kept. In a loop of your own call `warm_up()`, train, call `choose()`, make the
-    optimiser anew; until then the first channels and states stand in. The published third set (states switched off) has
-    size 0 in all its settings and is left out. A ViT has no scan.
+    In a loop of your own call `warm_up()`, train, call `choose()`, make the optimiser anew; until then the first channels
+    and states stand in. A ViT has no scan.
+    Ours: the warm-up is in epochs (in the source 248 or 499 steps); both directions of Vim; at least one channel and state.
+    Left out: the published third set, states that are switched off, which has size 0 in all released settings.
     Source: arXiv 2410.09016; repository furiosa-ai/ssm-peft, sd_lora.py.
     """
 

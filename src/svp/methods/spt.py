@@ -23,8 +23,9 @@ class SPT(VPT):
     kmeans     T centres of k-means over all tokens
     Block 0's tokens are taken before class token and positions. The pictures are augmented as in training. preset
     "published" draws pictures with replacement and picks pooled rows at random; its shallow form knows `random` only.
-    k-means (k-means++, one start, on at most `max_rows` random rows of a pool) is ours: no generator was released.
-    On Vim a pool holds the complete stream; "hidden" takes the previous mixer's output alone. Both are ours.
+    On Vim a pool holds the complete stream; "hidden" takes the previous mixer's output alone.
+    Ours: k-means (k-means++, one start, on at most `max_rows` random rows of a pool), as no generator was released; both pools
+    of Vim.
     Source: arXiv 2402.02382; repository WangYZ1608/Self-Prompt-Tuning, train.py and Models/vpt_deep.py.
     """
 

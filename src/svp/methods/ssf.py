@@ -16,8 +16,9 @@ class SSF(Method):
     """y = gamma · layer(x) + beta after each norm, projection and the patch embedding; folded into weight and bias.
 
     gamma starts N(1, init_std), beta N(0, init_std): near the frozen network, not at it. ViT: both norms, qkv, proj, fc1,
-    fc2, patch embedding, last norm (direct). Vim (adapted, ours): norm, in_proj, out_proj, patch embedding, last norm, and
+    fc2, patch embedding, last norm (direct). Vim (adapted): norm, in_proj, out_proj, patch embedding, last norm, and
     with `scan` x_proj and dt_proj of each direction; the shift after a norm without a bias is carried into in_proj's.
+    Ours: the places on Vim.
     Source: arXiv 2210.08823; repository dongzelian/SSF.
     """
 

@@ -20,8 +20,10 @@ class StateOffset(Method):
 
     Both act before the gate, for each direction of each block, and start at zero. rank factors H = up @ down, with
     up (e / ratio, rank) at zero and down (rank, n ratio) uniform as a linear layer.
-    A published random start (0.1 randn) and dropout of the factored offset's columns are left out. Published on language
-    models; on Vim adapted: an offset for each direction (ours). A ViT has no state.
+    Published on language models; on Vim adapted. A ViT has no state.
+    Ours: an offset for each direction.
+    Left out: a random start (0.1 randn), which is not the frozen network; dropout of the factored offset's columns, so that
+    one offset holds for training and evaluation.
     Source: arXiv 2503.03499; repository furiosa-ai/ssm-peft, state_offset_tuning.py.
     """
 

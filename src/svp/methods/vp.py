@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp.methods._reprogram import LabelMap
+from svp.methods._reprogram import LabelMap, TextHead, no_source_classes
 from svp.methods.base import Method
 from svp.options import option
 
@@ -20,8 +20,11 @@ class VP(Method):
     fixed_patch   q x q pixels in the top left corner
     random_patch  q x q pixels at a place drawn once a batch in training; in the middle in evaluation (published: drawn too)
     head "source" is the published reprogramming: class j reads logit j of the pre-trained head, and nothing else trains;
-    "new" trains a head too, as the comparison tables of later papers do.
-    Away from 224 pixels q is round(30 side / 224): ours.
+    "text" the published form on CLIP: class j reads the cosine between the picture's projection and an embedding of its text,
+    times 100, from a file with the tensors `target` (C, e) and, where it is another, `scale` (1,); "new" trains a head too,
+    as the comparison tables of later papers do.
+    Ours: away from 224 pixels q is round(30 side / 224).
+    Left out: CLIP's text tower; the embeddings that it made come from a file.
     Source: arXiv 2203.17274; repository hjbahng/visual_prompting, models/prompters.py.
     """
 
@@ -29,7 +32,10 @@ class VP(Method):
     class Options:
         kind: Literal["padding", "fixed_patch", "random_patch"] = option("padding", "where the pixels are")
         size: int | None = option(None, "q in pixels; none: round(30 side / 224)", low=1)
-        head: Literal["new", "source"] = option("new", "a trained head, or the first logits of the pre-trained one")
+        head: Literal["new", "source", "text"] = option(
+            "new", "a trained head, the first logits of the pre-trained one, or CLIP's cosine with texts"
+        )
+        embeddings: str | None = option(None, "text: a .safetensors file with `target`, a row for each class")
         patch_range: Literal["clean", "published"] = option(
             "clean", "published: random places leave out the last row and column"
         )
@@ -42,8 +48,12 @@ class VP(Method):
 
     @classmethod
     def unfit(cls, site, opt):
-        if opt.head == "source" and site.source_head is None:
-            return f"{site.name} has no source head whose logits could be read"
+        if opt.head == "source" and no_source_classes(site):
+            return no_source_classes(site)
+        if opt.head == "text" and site.source_head is None:
+            return f"{site.name} has no projection to embeddings of texts"
+        if (opt.head == "text") != (opt.embeddings is not None):
+            return 'head "text" and embeddings belong together: a file with the tensor `target`'
         q, side = size_of(site, opt), min(site.img_size)
         if (2 * q >= side) if opt.kind == "padding" else q > side:
             return f"size {q} leaves nothing of pictures of {side} pixels"
@@ -60,6 +70,8 @@ class VP(Method):
             self.patch = nn.Parameter(torch.randn(1, 3, q, q))
 
     def make_head(self, site, num_classes):
+        if self.opt.head == "text":
+            return TextHead(site.source_head, num_classes, self.opt.embeddings)
         return LabelMap(site.source_head, num_classes) if self.opt.head == "source" else None
 
     def network(self, images, run):

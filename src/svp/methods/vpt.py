@@ -19,9 +19,10 @@ class VPT(Method):
     """T prompt tokens P_i are inserted into the sequence; `deep` puts fresh ones into their places before every block.
 
     Prompts get no position. On a ViT they stand between class token and patches. On Vim, whose scans have an order, the
-    places are an option (arXiv 2412.08947 Table 3 names pre, post, both, uniform and middle and defines none of them: the
-    definitions in `places` are ours), and so is what happens to the running sum there: "replace" clears it, so that the
-    block reads P_i alone as VPT means it; "hidden_only" overwrites the last mixer's output; "add" adds to it.
+    places are an option, and so is what happens to the running sum there: "replace" clears it, so that the block reads P_i
+    alone as VPT means it; "hidden_only" overwrites the last mixer's output; "add" adds to it.
+    Ours: the definitions of the places pre, post, both, uniform and middle, which arXiv 2412.08947 Table 3 only names.
+    Left out: the released code's mixtures (prompt+bias, cls+prompt), which are compositions here: vpt+bitfit, vpt+partial.
     Source: arXiv 2203.12119; repository KMnP/vpt, src/models/vit_prompt/vit.py.
     """
 
@@ -67,6 +68,7 @@ class VPT(Method):
             self.proj = nn.Linear(e, d)
             nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
         self.drop = nn.Dropout(opt.dropout)
+        self.inserts, self.counts_tokens = True, opt.deep
         self.attends = "attn" in site.blocks[0].kinds
 
     def block(self, tokens, i, run):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svp.errors import SvpError
-from svp.training.recipe import Recipe
+from svp.training.recipe import ONCE_AN_EPOCH, Recipe
 
 
 def parameter_groups(
@@ -73,18 +73,26 @@ def clip_gradients(groups: list[dict[str, Any]], largest: float) -> None:
 def lr_at(recipe: Recipe, base_lr: float, step: int, steps_per_epoch: int) -> float:
     """The learning rate of optimiser step `step` (from 0) for a group whose own rate is base_lr: a pure function.
 
-    cosine      linear from warmup_lr to base_lr, then half a cosine from base_lr down to min_lr, which the end would reach
-    timm_epoch  timm 0.4.12 as DeiT's loop steps it, after each epoch with that epoch's number: epochs 0 and 1 share a
-                rate, and the cosine counts the warm-up epochs (arXiv 2412.08947, released code)
+    cosine        linear from warmup_lr to base_lr, then half a cosine from base_lr down to min_lr, which the end would reach
+    cosine_epoch  the same counted in epochs: a rate holds for a whole one (arXiv 2203.12119, released code)
+    timm_epoch    timm 0.4.12 as DeiT's loop steps it, after each epoch with that epoch's number: epochs 0 and 1 share a
+                  rate, and the cosine counts the warm-up epochs (arXiv 2412.08947, released code)
+    milestones    times gamma from each of the epochs int(milestone * epochs) on (arXiv 2211.11635, released code)
     """
+    epoch = step // steps_per_epoch
     if recipe.schedule == "timm_epoch":
-        return _timm_epoch(recipe, base_lr, max(step // steps_per_epoch - 1, 0))
+        return _timm_epoch(recipe, base_lr, max(epoch - 1, 0))
+    if recipe.schedule in ONCE_AN_EPOCH:
+        step, steps_per_epoch = epoch, 1
     total = recipe.epochs * steps_per_epoch
     warm = warmup_steps(recipe, steps_per_epoch)
     if step < warm:
-        return recipe.warmup_lr + (base_lr - recipe.warmup_lr) * (step + 1) / warm
+        done = (step + (recipe.warmup_first == "above")) / warm
+        return recipe.warmup_lr + (base_lr - recipe.warmup_lr) * done
     if recipe.schedule == "constant":
         return base_lr
+    if recipe.schedule == "milestones":
+        return base_lr * recipe.gamma ** sum(epoch >= int(share * recipe.epochs) for share in recipe.milestones)
     done = (step - warm) / max(total - warm, 1)
     return recipe.min_lr + 0.5 * (base_lr - recipe.min_lr) * (1 + math.cos(math.pi * done))
 

@@ -14,6 +14,7 @@ from svp.options import changed, option
 from svp.training.config import read_yaml
 
 LISTING = "svp list recipes"
+ONCE_AN_EPOCH = ("cosine_epoch", "timm_epoch", "milestones")  # schedules that hold a rate for whole epochs
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,21 @@ class Recipe:
     )
     clip_grad: float = option(0.0, "largest norm of the gradient over all that trains; 0: off", low=0.0)
 
-    schedule: Literal["cosine", "timm_epoch", "constant"] = option(
-        "cosine", "cosine: every step; timm_epoch: once an epoch as timm 0.4.12 and DeiT's loop; constant"
+    schedule: Literal["cosine", "cosine_epoch", "timm_epoch", "milestones", "constant"] = option(
+        "cosine",
+        "cosine: every step; cosine_epoch: once an epoch; timm_epoch: once an epoch as timm 0.4.12 and DeiT's loop; "
+        "milestones: falls at some epochs; constant",
     )
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.72), "where milestones lets the rate fall, as shares of all epochs", above=0.0, high=1.0
+    )
+    gamma: float = option(0.1, "factor of the learning rate at each milestone", above=0.0, high=1.0)
     warmup: float = option(0.05, "length of the linear warm-up, in warmup_unit", low=0.0)
     warmup_unit: Literal["fraction", "epochs", "steps"] = option("fraction", "fraction: of all steps; epochs; steps")
     warmup_lr: float = option(0.0, "learning rate at the start of the warm-up (never scaled)", low=0.0)
+    warmup_first: Literal["above", "start"] = option(
+        "above", "the first step of the warm-up trains one step above warmup_lr, or at warmup_lr itself"
+    )
     min_lr: float = option(0.0, "learning rate at the end of the cosine (never scaled)", low=0.0)
 
     label_smoothing: float = option(0.1, "share of the target spread over all classes", low=0.0, high=0.999)
@@ -129,6 +139,14 @@ def resolve(recipe: Recipe, default_lr: float) -> Recipe:
             f"warmup of the recipe is {recipe.warmup} of all steps, expected at most 1",
             "-r warmup_unit=epochs, or a fraction such as -r warmup=0.05", "usage",
         )  # fmt: skip
+    if recipe.schedule in ONCE_AN_EPOCH and recipe.warmup_unit == "steps" and recipe.warmup:
+        problem = (
+            f"the schedule {recipe.schedule} changes once an epoch, its warm-up cannot last {recipe.warmup:g} steps"
+        )
+        raise SvpError(problem, "-r warmup_unit=epochs -r warmup=5", "usage")
+    if list(recipe.milestones) != sorted(set(recipe.milestones)):
+        shown = ", ".join(f"{m:g}" for m in recipe.milestones)
+        raise SvpError(f"milestones of the recipe are {shown}, expected ascending shares", "-r milestones=[0.5,0.72]", "usage")  # fmt: skip
     return recipe
 
 
