@@ -95,7 +95,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, rev
             last, states if save else None, *strides, *_steps(B, reverse, wide[0]), *_steps(C, reverse, wide[1]),
             0 if h0 is None or len(h0) == 1 else e * n, l, groups, e // groups, blocks, n, 1,
             n=n, N=triton.next_power_of_2(n), BLOCK=BLOCK, ROWS=ROWS, CHUNK=CHUNK, B_WIDE=wide[0], C_WIDE=wide[1],
-            SOFTPLUS=softplus, num_warps=max(1, triton.next_power_of_2(n) // 64), maxnreg=FORWARD if z is None and offset is None and n <= 16 else MOST,
+            SOFTPLUS=softplus, num_warps=max(1, triton.next_power_of_2(n) // 64),
+            maxnreg=FORWARD if z is None and offset is None and n <= 16 else MOST,
         )  # fmt: skip
     return y, last, states
 
@@ -245,16 +246,15 @@ def _forward(
                 zs = zs + (tl.load(z + (start + t) * z_l + channel, mask=here, other=0.0).to(tl.float32),)
         for t in tl.static_range(ROWS):
             is_token = start + t < length
-            x = us[t]
             d = _step(ds[t], step, is_token, SOFTPLUS)
             known = is_token & (state < n)
             b = tl.load(B + (start + t) * B_l + state, mask=known, other=0.0).to(tl.float32)
             c = tl.load(C + (start + t) * C_l + state, mask=known, other=0.0).to(tl.float32)
-            h = tl.exp2(d[None, :] * A2) * h + (d * x)[None, :] * b[:, None]
+            h = tl.exp2(d[None, :] * A2) * h + (d * us[t])[None, :] * b[:, None]
             read = h
             if offset is not None:
                 read = h + off
-            out = tl.sum(read * c[:, None], 0) + skip * x + shift
+            out = tl.sum(read * c[:, None], 0) + skip * us[t] + shift
             if z is not None:
                 out *= zs[t] * tl.sigmoid(zs[t])
             ys = ys + (out,)
