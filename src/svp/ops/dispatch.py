@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svp.errors import SvpError, unknown
+from svp.ops.gpu import interpreted
 
 ENV = "SVP_KERNEL"  # overrides "auto"
 # by target, once loaded: torch.compile reads a table where it cannot follow an import
@@ -28,9 +29,13 @@ class Kernel(NamedTuple):
     complex_A: bool = False
     constant_BC: bool = False
 
+    def runs_on(self, device: str) -> bool:
+        """Whether such tensors are this kernel's: those of its own device; Triton's interpreter takes those of the CPU."""
+        return self.device in (None, device) or (self.name == "triton" and device == "cpu" and _interpreted())
+
     def unfit(self, u: Tensor, A: Tensor | None = None, constant_BC: bool = False) -> str | None:
         """Why this kernel cannot take tensors like these, or None. A: what has the states on its last axis, if anything."""
-        if self.device not in (None, u.device.type):
+        if not self.runs_on(u.device.type):
             return f"it needs {self.device}, the tensors are on {u.device.type}"
         if A is not None and A.is_complex() and not self.complex_A:
             return "A is complex"
@@ -82,7 +87,7 @@ def table(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> l
     kernels = importlib.import_module(f"svp.ops.{op}").KERNELS
     reasons = []
     for row in kernels:
-        wrong_device = row.device not in (None, device)  # said without making a tensor there
+        wrong_device = not row.runs_on(device)  # said without making a tensor there
         u = torch.empty(1, 1, 1, dtype=dtype)
         fits_here = row._replace(device=None)
         reasons.append(f"it needs {row.device}, the tensors are on {device}" if wrong_device else fits_here.unfit(u))
@@ -107,10 +112,20 @@ def environment() -> str:
 
 
 @constant
+def _interpreted() -> bool:
+    return interpreted()
+
+
+@constant
 def missing(target: str) -> str | None:
     """What the kernel's module lacks on this machine, or None. Loads it: afterwards FUNCTIONS knows the target."""
     path, _, name = target.partition(":")
-    module = importlib.import_module(path)
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as err:  # a package that only this kernel needs
+        if err.name is None or err.name.startswith("svp"):
+            raise
+        return f"{err.name} is not installed"
     FUNCTIONS[target] = getattr(module, name)
     return module.missing() if hasattr(module, "missing") else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svp.errors import SvpError
-from svp.ops.dispatch import Kernel, pick
+from svp.ops.dispatch import Kernel, environment, pick
 
 
 class Term(NamedTuple):
@@ -52,5 +52,6 @@ def add_norm(
             f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, the summands {[s and tuple(s) for s in shapes]}; expected "
             "(b, l, d), (d,) and (b, l, d)"
         )
+    kernel = environment() if kernel == "auto" else kernel
     named = kernel if kernel in ("auto", "cpu") else "reference"
     return pick(KERNELS, named, x)(x, residual, weight, eps, terms, skip)

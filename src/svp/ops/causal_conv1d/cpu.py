@@ -6,16 +6,11 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch.library import Library, impl, register_autograd, register_fake
+from torch.library import impl
 
-from svp.errors import SvpError
 from svp.ops import native
+from svp.ops.causal_conv1d.operator import declare
 from svp.ops.native import Call, Rows, fields, threads
-
-INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? past, bool silu, bool reverse"
-LIB = Library("svp", "FRAGMENT")
-LIB.define(f"conv_cpu({INPUTS}) -> Tensor")
-LIB.define(f"conv_cpu_backward(Tensor dy, {INPUTS}, bool[2] needs) -> (Tensor dx, Tensor dweight, Tensor dpast)")
 
 
 def missing() -> str | None:
@@ -28,17 +23,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, past: Tenso
     return torch.ops.svp.conv_cpu(*wide, silu, reverse).to(x.dtype)
 
 
-@register_fake("svp::conv_cpu", lib=LIB)
-def _(x, weight, bias, past, silu, reverse):
-    return x.new_empty(x.shape)
-
-
-@register_fake("svp::conv_cpu_backward", lib=LIB)
-def _(dy, x, weight, bias, past, silu, reverse, needs):
-    b, _, e = x.shape
-    taps = weight.shape[1]
-    dweight = x.new_empty((taps + 1, e) if needs[0] else (0,))
-    return x.new_empty(x.shape), dweight, x.new_empty((b, e, taps - 1) if needs[1] else (0,))
+LIB = declare("conv_cpu")
 
 
 @impl(LIB, "conv_cpu", "CPU")
@@ -64,34 +49,6 @@ def backward(dy, x, weight, bias, past, silu, reverse, needs):
         dx, x.new_empty(0) if dweight is None else dweight.sum(0),
         x.new_empty(0) if dpast is None else dpast.transpose(1, 2).contiguous(),
     )  # fmt: skip
-
-
-def _keep(ctx, inputs, output):
-    x, weight, bias, past, silu, reverse = inputs
-    ctx.save_for_backward(x, weight, bias, past)
-    ctx.flags = silu, reverse
-
-
-def _derivative(ctx, dy):
-    x, weight, bias, past = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx, dweight, dpast = torch.ops.svp.conv_cpu_backward(
-        dy, x, weight, bias, past, *ctx.flags, [needs[1] or needs[2], needs[3]]
-    )
-    if needs[3] and past.shape[0] == 1:
-        dpast = dpast.sum(0, keepdim=True)
-    grads = dweight[:-1].T if needs[1] else None, dweight[-1].clone() if needs[2] else None
-    return dx, *grads, dpast if needs[3] else None, None, None
-
-
-def _no_second(ctx, *grads):
-    raise SvpError(
-        "second derivatives of the convolution are not offered by the C++ kernel", 'kernel="reference" has them'
-    )
-
-
-register_autograd("svp::conv_cpu", _derivative, setup_context=_keep, lib=LIB)
-register_autograd("svp::conv_cpu_backward", _no_second, lib=LIB)
 
 
 class _Conv(ctypes.Structure):  # kernels.h: Conv

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svp.errors import SvpError
-from svp.ops.dispatch import Kernel, pick
+from svp.ops.dispatch import Kernel, environment, pick
 
 
 class Direction(NamedTuple):
@@ -61,5 +61,6 @@ def mixer(xz: Tensor, forward: Direction, backward: Direction, *, scale: float =
             f"xz is {tuple(xz.shape)}, A {tuple(forward.A.shape)} and {tuple(backward.A.shape)}, expected xz (b, l, 2 e) and "
             "both A (e, n)"
         )
+    kernel = environment() if kernel == "auto" else kernel
     named = kernel if kernel in ("auto", "cpu") else "composed"
     return pick(KERNELS, named, xz, forward.A)(xz, forward, backward, scale, kernel)

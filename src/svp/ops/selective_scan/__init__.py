@@ -10,6 +10,13 @@ from svp.ops.dispatch import Kernel, pick
 
 KERNELS = (  # the fastest first; the last row answers everywhere
     Kernel(
+        "triton",
+        "svp.ops.selective_scan.triton:scan",
+        "cuda",
+        (torch.float32, torch.bfloat16, torch.float16),
+        max_state=256,
+    ),
+    Kernel(
         "cpu", "svp.ops.selective_scan.cpu:scan", "cpu", (torch.float32, torch.bfloat16, torch.float16), max_state=256
     ),
     Kernel("reference", "svp.ops.selective_scan.reference:scan", complex_A=True, constant_BC=True),

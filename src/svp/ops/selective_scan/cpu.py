@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, impl, register_autograd, register_fake
+from torch.library import impl
 
-from svp.errors import SvpError
 from svp.ops import native
 from svp.ops.native import Call, Rows, fields, threads
+from svp.ops.selective_scan.operator import Wanted, declare, is_recorded, same_groups
 
 CHUNK, PANEL, PANELS = 64, 64, 4  # kernels.h: T, PANEL, PANELS
-INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? h0, "
-    "Tensor? offset, Tensor? bias"
-)
-FLAGS = "bool softplus, bool reverse"
-GRADS = "Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dh0, Tensor doffset, Tensor dbias"  # fmt: skip
-
-LIB = Library("svp", "FRAGMENT")
-LIB.define(f"scan_cpu({INPUTS}, {FLAGS}, bool save) -> (Tensor y, Tensor last, Tensor states)")
-LIB.define(f"scan_cpu_backward(Tensor dy, Tensor? dlast, Tensor states, {INPUTS}, {FLAGS}, bool[6] needs) -> ({GRADS})")
 
 
 def missing() -> str | None:
@@ -37,29 +25,15 @@ def scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the reference, but for constant B or C."""
-    if B.shape[2] != C.shape[2]:
-        g = math.lcm(B.shape[2], C.shape[2])
-        B, C = (t.repeat_interleave(g // t.shape[2], dim=2) for t in (B, C))
+    B, C = same_groups(B, C)
     inputs = [
         None if t is None else t.to(torch.float32) for t in (u, delta, A, B, C, D, z, delta_bias, h0, offset, bias)
     ]
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, last, _ = torch.ops.svp.scan_cpu(*inputs, delta_softplus, reverse, save)
+    y, last, _ = torch.ops.svp.scan_cpu(*inputs, delta_softplus, reverse, is_recorded(*inputs))
     return y.to(u.dtype), last
 
 
-# -- the op and its derivative -----------------------------------------------------------------------------------------
-
-
-class Wanted(NamedTuple):
-    """Which gradients to compute beside du, ddelta, dB, dC and dz: a frozen backbone needs none of them."""
-
-    A: bool
-    D: bool
-    delta_bias: bool
-    h0: bool
-    offset: bool
-    bias: bool
+# -- the op ------------------------------------------------------------------------------------------------------------
 
 
 def saved_shape(u: Tensor, A: Tensor, groups: int) -> tuple[int, ...]:
@@ -72,26 +46,7 @@ def _pieces(whole: int, part: int) -> int:
     return (whole + part - 1) // part
 
 
-@register_fake("svp::scan_cpu", lib=LIB)
-def _(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse, save):
-    b, l, e = u.shape
-    states = u.new_empty(saved_shape(u, A, B.shape[2]) if save else (0,))
-    return u.new_empty(b, l, e), u.new_empty(b, e, A.shape[1]), states
-
-
-@register_fake("svp::scan_cpu_backward", lib=LIB)
-def _(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, reverse, needs):
-    b, l, e = u.shape
-    n, wanted = A.shape[1], Wanted(*needs)
-
-    def one(shape: tuple, asked: bool = True) -> Tensor:
-        return u.new_empty(shape if asked else (0,))
-
-    return (
-        one((b, l, e)), one((b, l, e)), one((e, n), wanted.A), one(B.shape), one(C.shape), one((e,), wanted.D),
-        one((b, l, e), z is not None), one((e,), wanted.delta_bias), one((b, e, n), wanted.h0),
-        one((e, n), wanted.offset), one((e,), wanted.bias),
-    )  # fmt: skip
+LIB = declare("scan_cpu", lambda u, A, B: saved_shape(u, A, B.shape[2]))
 
 
 @impl(LIB, "scan_cpu", "CPU")
@@ -140,37 +95,6 @@ def backward_shares(u: Tensor, n: int, groups: int, wanted: Wanted) -> dict[str,
         "dh0": one(b, e, n, asked=wanted.h0), "dD": one(b, e, asked=wanted.D),
         "ddelta_bias": one(b, e, asked=wanted.delta_bias), "dbias": one(b, e, asked=wanted.bias),
     }  # fmt: skip
-
-
-def _keep(ctx, inputs, output):
-    *tensors, softplus, reverse, _ = inputs
-    ctx.save_for_backward(output[2], *tensors)
-    ctx.flags = softplus, reverse
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-
-
-def _derivative(ctx, dy, dlast, _):
-    states, *inputs = ctx.saved_tensors
-    u, h0 = inputs[0], inputs[8]
-    asked = ctx.needs_input_grad
-    wanted = Wanted(*(asked[i] for i in (2, 5, 7, 8, 9, 10)))
-    dy = torch.zeros_like(u) if dy is None else dy
-    grads = torch.ops.svp.scan_cpu_backward(dy, dlast, states, *inputs, *ctx.flags, wanted)
-    grads = [grad if asked[i] else None for i, grad in enumerate(grads)]
-    if wanted.h0 and h0.shape[0] == 1:
-        grads[8] = grads[8].sum(0, keepdim=True)
-    return *grads, None, None, None
-
-
-register_autograd("svp::scan_cpu", _derivative, setup_context=_keep, lib=LIB)
-
-
-def _no_second(ctx, *grads):
-    raise SvpError("second derivatives of the scan are not offered by the C++ kernel", 'kernel="reference" has them')
-
-
-register_autograd("svp::scan_cpu_backward", _no_second, lib=LIB)
 
 
 # -- the C interface ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,548 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter, in a process of its
+own (test_in_the_interpreter); and what the compiler makes of them for GPUs that are not here."""
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import svp
+from support import assert_close
+from svp.errors import SvpError
+from svp.ops import causal_conv1d, gpu, selective_scan
+from svp.ops.dispatch import table
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+INTERPRETED = gpu.interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HERE = INTERPRETED or gpu.missing() is None
+runs = pytest.mark.skipif(not HERE, reason=f"{gpu.missing()}; test_in_the_interpreter runs it without a GPU")
+on_gpu = pytest.mark.skipif(INTERPRETED or not HERE, reason="needs a GPU: too large for the interpreter")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+OUT, GRAD = 5e-6, 2e-5  # float32 against the float64 reference, relative to the largest entry
+OPTIONAL = ("D", "z", "delta_bias", "h0", "offset", "bias")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(INTERPRETED, reason="this is it")
+def test_in_the_interpreter():
+    env = os.environ | {gpu.INTERPRET: "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+# -- the scan ----------------------------------------------------------------------------------------------------------
+
+
+def scan_inputs(b, l, e, n, groups=1, seed=0, leave_out=()):
+    """Seeded float64 inputs of the scan by name; B, C (b, l, n), or (b, l, g, n) for several groups."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    per_token = (b, l, n) if groups == 1 else (b, l, groups, n)
+    inputs = {
+        "u": normal(b, l, e), "delta": normal(b, l, e) - 1, "A": -torch.exp(normal(e, n)), "B": normal(*per_token),
+        "C": normal(*per_token), "D": normal(e), "z": normal(b, l, e), "delta_bias": 0.5 * normal(e),
+        "h0": normal(b, e, n), "offset": normal(e, n), "bias": normal(e),
+    }  # fmt: skip
+    return {name: t for name, t in inputs.items() if name not in leave_out}
+
+
+def run_with_grads(op, inputs, dtypes, kernel, frozen=(), **options):
+    """Outputs and the gradients of a random weighting of them, by name. dtypes: one, or {name: dtype}."""
+    by_name = dtypes if isinstance(dtypes, dict) else dict.fromkeys(inputs, dtypes)
+    device = DEVICE if kernel == "triton" else "cpu"
+    leaves = {
+        name: t.to(device, by_name[name], copy=True).requires_grad_(name not in frozen) for name, t in inputs.items()
+    }
+    out = op(**leaves, kernel=kernel, **options)
+    out = dict(zip(("y", "last"), out if isinstance(out, tuple) else (out,), strict=False))
+    g = torch.Generator().manual_seed(9)
+    weights = [
+        torch.randint(-8, 9, t.shape, generator=g).to(device, t.dtype) / 4 for t in out.values()
+    ]  # exact in halves
+    sum((t * w).sum() for t, w in zip(out.values(), weights, strict=True)).backward()
+    assert all(leaves[name].grad is None for name in frozen)
+    return {k: t.detach() for k, t in out.items()} | {f"d{k}": t.grad for k, t in leaves.items() if k not in frozen}
+
+
+def compare(op, inputs, frozen=(), tolerances=(OUT, GRAD), **options):
+    want = run_with_grads(op, inputs, torch.float64, "reference", frozen, **options)
+    got = run_with_grads(op, inputs, torch.float32, "triton", frozen, **options)
+    for name, t in want.items():
+        assert_close(got[name].double().cpu(), t, name, tolerances[name not in ("y", "last")])
+
+
+def compare_scans(inputs, frozen=(), **options):
+    compare(selective_scan, inputs, frozen, **{"delta_softplus": True, "return_last_state": True} | options)
+
+
+@runs
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "b,l,e,n,groups", [(1, 1, 1, 1, 1), (2, 19, 3, 2, 1), (1, 3, 66, 1, 2), (1, 16, 2, 3, 1), (1, 33, 1, 1, 1)]
+)
+def test_the_scan_is_the_reference(b, l, e, n, groups, reverse):
+    compare_scans(scan_inputs(b, l, e, n, groups), reverse=reverse)
+
+
+@runs
+@pytest.mark.parametrize("left_out", [*((name,) for name in OPTIONAL), OPTIONAL], ids="+".join)
+def test_what_is_optional_may_be_left_out(left_out):
+    compare_scans(scan_inputs(1, 11, 2, 2, leave_out=left_out), frozen=("A",))
+
+
+@runs
+@pytest.mark.parametrize("frozen", [("A", *OPTIONAL), ("A", "D", "delta_bias"), ("u", "delta", "B", "C", "z")])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    compare_scans(scan_inputs(1, 11, 2, 2), frozen=frozen, reverse=True)
+
+
+@runs
+def test_delta_may_be_ready():
+    inputs = scan_inputs(1, 11, 2, 2, leave_out=("delta_bias",))
+    inputs["delta"] = inputs["delta"].abs() * 0.3
+    compare_scans(inputs, delta_softplus=False)
+
+
+@runs
+def test_one_of_two_outputs_may_be_used():
+    inputs = scan_inputs(1, 11, 2, 2)
+    compare_scans(inputs, return_last_state=False)
+    names = ("u", "delta", "A", "B", "C", "h0")
+    compare(lambda **t: selective_scan(**t, return_last_state=True)[1], {k: inputs[k] for k in names}, frozen=("C",))
+
+
+@runs
+def test_groups_of_B_and_C_may_differ():
+    inputs = scan_inputs(1, 3, 6, 1, 2)
+    compare_scans(inputs | {"C": scan_inputs(1, 3, 6, 1, 3)["C"]})
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of numpy, which the interpreter computes with
+@pytest.mark.parametrize("name,value", [("A", -1e30), ("A", 0.0), ("delta", -100.0), ("delta", 30.0)])
+def test_extreme_values(name, value):
+    inputs = scan_inputs(1, 5, 2, 2)
+    inputs[name][..., ::2] = value
+    compare_scans(inputs, frozen=("A",))
+
+
+@runs
+def test_small_steps_are_exact():
+    """A delta of 1e-6 is one: log(1 + exp(x)) by itself would have an error of a tenth of it."""
+    ones = {name: torch.ones(1, 64, 1, device=DEVICE) for name in ("u", "B", "C")}
+    delta = torch.linspace(-20, 25, 64, device=DEVICE)[None, :, None]
+    y = selective_scan(
+        **ones, delta=delta, A=torch.full((1, 1), -1e30, device=DEVICE), delta_softplus=True, kernel="triton"
+    )
+    want = torch.nn.functional.softplus(delta.double())
+    assert ((y - want) / want).abs().max() < 5e-6
+
+
+@runs
+def test_a_nan_comes_out():
+    inputs = {name: t.to(DEVICE, torch.float32) for name, t in scan_inputs(1, 5, 3, 2).items()}
+    inputs["delta"][0, 2, 1] = float("nan")
+    y = selective_scan(**inputs, delta_softplus=True, kernel="triton")
+    assert y[0, 2:, 1].isnan().all()
+    assert y[0, :2].isfinite().all() and y[0, :, ::2].isfinite().all()
+
+
+@runs
+def test_views_are_read_in_place():
+    """Column halves of a wider tensor, a transposed one, rows repeated by stride 0, states that are not neighbours."""
+    inputs = {name: t.to(DEVICE, torch.float32) for name, t in scan_inputs(2, 9, 3, 2).items()}
+    want = selective_scan(**inputs, kernel="triton")
+    both = torch.cat([inputs["u"], inputs["z"]], dim=-1)
+    views = inputs | {"u": both[..., :3], "z": both[..., 3:]}
+    views |= {name: inputs[name].mT.contiguous().mT for name in ("delta", "B", "A")}
+    assert torch.equal(selective_scan(**views, kernel="triton"), want)
+    repeated = inputs | {name: inputs[name][:1, :1].expand_as(inputs[name]) for name in ("u", "B", "z", "delta")}
+    dense = {name: t.clone() for name, t in repeated.items()}
+    assert torch.equal(selective_scan(**repeated, kernel="triton"), selective_scan(**dense, kernel="triton"))
+
+
+@runs
+@pytest.mark.parametrize("aligned", [True, False])
+def test_states_are_loaded_together_where_they_lie_so(aligned):
+    """B and C as columns of one projection's output, as Vim has them; a row of 24 numbers is a multiple of 16 bytes."""
+    inputs = scan_inputs(1, 5, 2, 8)
+    wide = torch.zeros(1, 5, 24 if aligned else 23, dtype=torch.float64)
+    wide[..., 4:12], wide[..., 12:20] = inputs["B"], inputs["C"]
+    want = selective_scan(**inputs)
+    moved = {name: t.to(DEVICE, torch.float32) for name, t in (inputs | {"wide": wide}).items()}
+    wide = moved.pop("wide")
+    for reverse in (False, True):
+        want = selective_scan(**inputs, reverse=reverse)
+        got = selective_scan(**moved | {"B": wide[..., 4:12], "C": wide[..., 12:20]}, reverse=reverse, kernel="triton")
+        assert_close(got.double().cpu(), want, "y", OUT)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    inputs = {name: t.to(dtype).double() for name, t in scan_inputs(1, 11, 2, 2).items()}
+    options = dict(delta_softplus=True, return_last_state=True)
+    halves = dict.fromkeys(inputs, dtype) | {"A": torch.float32, "delta": torch.float32}
+    want = run_with_grads(selective_scan, inputs, torch.float64, "reference", **options)
+    got = run_with_grads(selective_scan, inputs, halves, "triton", **options)
+    assert got["y"].dtype == got["du"].dtype == got["dB"].dtype == dtype and got["last"].dtype == torch.float32
+    for name, t in want.items():
+        assert_close(got[name].double().cpu(), t, name, 4 * torch.finfo(dtype).eps)
+
+
+@runs
+def test_an_empty_sequence_keeps_its_state():
+    inputs = {name: t.to(DEVICE, torch.float32).requires_grad_() for name, t in scan_inputs(2, 0, 5, 4).items()}
+    y, last = selective_scan(**inputs, return_last_state=True, kernel="triton")
+    assert y.shape == (2, 0, 5) and torch.equal(last, inputs["h0"])
+    last.sum().backward()
+    assert torch.equal(inputs["h0"].grad, torch.ones_like(last)) and not inputs["A"].grad.any()
+    none = {name: t.to(DEVICE, torch.float32) for name, t in scan_inputs(0, 3, 5, 4).items()}
+    assert selective_scan(**none, kernel="triton").shape == (0, 3, 5)
+
+
+@runs
+def test_one_start_for_all_pictures():
+    inputs = scan_inputs(2, 5, 2, 2)
+    compare_scans(inputs | {"h0": inputs["h0"][:1]})
+
+
+@runs
+@pytest.mark.parametrize("l,e", [(5, 3), pytest.param(197, 768, marks=on_gpu)])
+def test_two_runs_give_the_same_bits(l, e):
+    inputs = scan_inputs(2, l, e, 2)
+    first, second = (run_with_grads(selective_scan, inputs, torch.float32, "triton", delta_softplus=True) for _ in "12")
+    for name, t in first.items():
+        assert torch.equal(second[name], t), name
+
+
+@on_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "b,l,e,n", [(8, 197, 768, 16), (2, 1025, 384, 16), (3, 50, 100, 64), (2, 40, 64, 200), (2, 50, 96, 5)]
+)
+def test_the_scan_at_full_size(b, l, e, n, reverse):
+    compare_scans(scan_inputs(b, l, e, n), reverse=reverse)
+
+
+# -- the convolution ---------------------------------------------------------------------------------------------------
+
+
+def conv_inputs(b, l, e, taps, leave_out=()):
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": (b, l, e), "weight": (e, taps), "bias": (e,), "past": (b, e, taps - 1)}
+    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items() if k not in leave_out}
+
+
+@runs
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    "b,l,e,taps",
+    [(1, 1, 1, 4), (2, 2, 3, 4), (1, 19, 70, 4), (1, 17, 5, 3), (1, 20, 3, 1), (1, 9, 3, 7), (1, 0, 3, 4), (0, 3, 3, 4),
+     pytest.param(8, 197, 768, 4, marks=on_gpu)],
+)  # fmt: skip
+def test_the_convolution_is_the_reference(b, l, e, taps, activation, reverse):
+    compare(causal_conv1d, conv_inputs(b, l, e, taps), tolerances=(OUT, OUT), activation=activation, reverse=reverse)
+
+
+@runs
+@pytest.mark.parametrize("left_out", [("bias",), ("past",), ("bias", "past")])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("past",)])
+def test_parts_of_the_convolution(left_out, frozen):
+    frozen = tuple(name for name in frozen if name not in left_out)
+    compare(causal_conv1d, conv_inputs(2, 5, 3, 4, left_out), frozen, (OUT, OUT), activation="silu")
+
+
+@runs
+def test_the_convolution_reads_views_and_one_past():
+    t = conv_inputs(2, 11, 34, 4)
+    compare(causal_conv1d, t | {"past": t["past"][:1]}, tolerances=(OUT, OUT))
+    t = {name: v.to(DEVICE, torch.float32) for name, v in t.items()}
+    want = causal_conv1d(**t, kernel="triton")
+    wide = torch.cat([t["x"], t["x"]], -1)
+    assert torch.equal(causal_conv1d(**t | {"x": wide[..., 34:]}, kernel="triton"), want)
+    assert torch.equal(causal_conv1d(**t | {"x": t["x"].mT.contiguous().mT}, kernel="triton"), want)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_convolution_of_halves(dtype):
+    inputs = {name: t.to(dtype).double() for name, t in conv_inputs(1, 11, 5, 4).items()}
+    want = run_with_grads(causal_conv1d, inputs, torch.float64, "reference", activation="silu")
+    got = run_with_grads(causal_conv1d, inputs, dtype, "triton", activation="silu")
+    for name, t in want.items():
+        assert got[name].dtype == dtype
+        assert_close(got[name].double().cpu(), t, name, 4 * torch.finfo(dtype).eps)
+
+
+# -- as torch's operators ----------------------------------------------------------------------------------------------
+
+NAMES = ("u", "delta", "A", "B", "C", *OPTIONAL)
+
+
+def scan_args(*shape, leave_out=(), device=DEVICE):
+    inputs = scan_inputs(*shape, leave_out=leave_out)
+    inputs["B"], inputs["C"] = inputs["B"][:, :, None], inputs["C"][:, :, None]
+    return [inputs[name].to(device, torch.float32) if name in inputs else None for name in NAMES]
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at it itself
+@pytest.mark.parametrize("leave_out", [(), OPTIONAL])
+def test_the_ops_are_what_torch_expects(leave_out):
+    for op in ("selective_scan", "causal_conv1d"):
+        importlib.import_module(f"svp.ops.{op}.triton")  # registers it
+    check, ops = torch.library.opcheck, torch.ops.svp
+    plain = scan_args(1, 3, 2, 1, leave_out=leave_out)
+    check(
+        ops.scan_triton.default, ([t if t is None else t.clone().requires_grad_() for t in plain] + [True, True, True])
+    )
+    y, last, states = ops.scan_triton(*plain, True, True, True)
+    dlast, needs = (None, [False] * 6) if leave_out else (last, [True] * 6)
+    check(ops.scan_triton_backward.default, (y, dlast, states, *plain, True, True, needs))
+    inputs = conv_inputs(2, 3, 3, 4, () if not leave_out else ("bias", "past"))
+    conv = [inputs[k].to(DEVICE, torch.float32) if k in inputs else None for k in ("x", "weight", "bias", "past")]
+    check(ops.conv_triton.default, ([t if t is None else t.clone().requires_grad_() for t in conv] + [True, True]))
+    check(ops.conv_triton_backward.default, (conv[0], *conv, True, True, [not leave_out] * 2))
+
+
+@runs
+def test_compiles_whole():
+    conv = {name: t.to(DEVICE, torch.float32) for name, t in conv_inputs(1, 5, 2, 4).items()}
+    args = [t for t in scan_args(1, 5, 2, 2, leave_out=OPTIONAL) if t is not None]
+
+    def net(u, *rest):
+        return selective_scan(
+            causal_conv1d(u, conv["weight"], kernel="triton") * 2, *rest, delta_softplus=True, kernel="triton"
+        )
+
+    whole = torch.compile(net, fullgraph=True, backend="aot_eager")
+    trained, same = ([t.clone().requires_grad_() for t in args] for _ in range(2))
+    y, want = whole(*trained), net(*same)
+    assert torch.equal(y, want)
+    y.sum().backward()
+    want.sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(trained, same, strict=True))
+
+
+@runs
+def test_a_second_derivative_is_refused_in_words():
+    u, *rest = [t for t in scan_args(1, 3, 2, 1, leave_out=OPTIONAL) if t is not None]
+    y = selective_scan(u.requires_grad_(), *rest, kernel="triton")
+    (grad,) = torch.autograd.grad(y.sum(), u, create_graph=True)
+    with pytest.raises(SvpError, match="second derivatives"):
+        grad.sum().backward()
+
+
+# -- a whole network ---------------------------------------------------------------------------------------------------
+
+
+@runs
+def test_a_network_with_svp_is_that_of_the_reference():
+    net = svp.create_backbone("vim_nano", kernel="reference", depth=2, img_size=32, embed_dim=12, d_state=2)
+    model = svp.adapt(net, "svp", num_classes=3, seed=0)
+    for i, p in enumerate(model.parameters()):  # the starting values of SVP leave the backbone as it is
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for net.kernel in ("reference", "triton"):
+        device = DEVICE if net.kernel == "triton" else "cpu"
+        model.to(device).zero_grad()
+        logits = model(image.to(device))
+        logits.square().sum().backward()
+        grads = {name: p.grad.cpu().clone() for name, p in model.named_parameters()}
+        found[net.kernel] = {"logits": logits.detach().cpu()} | grads
+    for name, t in found["reference"].items():
+        assert_close(found["triton"][name], t, name, 1e-4)
+
+
+# -- reasons -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there it takes tensors of the CPU")
+def test_a_named_kernel_says_why_it_cannot():
+    with pytest.raises(SvpError, match=r"triton: it needs cuda, the tensors are on cpu"):
+        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), kernel="triton")
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "causal_conv1d"])
+def test_the_table_names_it_first(op, monkeypatch):
+    row = table(op, DEVICE)[0]
+    assert row.name == "triton" and (row.reason is None) == HERE
+    monkeypatch.setenv(gpu.INTERPRET, "0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert table(op, "cuda")[0].reason == "this torch is built without CUDA"
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"is_available": lambda: False}, "no CUDA device answers"),
+        ({"get_device_capability": lambda: (6, 1)}, "of compute capability 6.1, Triton needs 8.0"),
+        ({}, "needs a C compiler"),
+    ],
+)
+def test_what_is_missing_is_said(change, reason, monkeypatch):
+    monkeypatch.setenv(gpu.INTERPRET, "0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, function in {"is_available": lambda: True, "get_device_capability": lambda: (9, 0), **change}.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert reason in gpu.missing()
+
+
+def test_an_absent_package_is_named(monkeypatch):
+    from svp.ops import dispatch
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "svp.ops.causal_conv1d.triton", raising=False)
+    assert dispatch.missing("svp.ops.causal_conv1d.triton:conv") == "triton is not installed"
+
+
+# -- what the compiler makes of them -----------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands in for a kernel: keeps what it would be launched with, and compiles it for a GPU that need not be here."""
+
+    POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+    def __init__(self, kernel):
+        self.kernel, self.made = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.made.append((args, options))
+
+    def compiled(self, capability):
+        """(registers, bytes of spilling, bytes of shared memory) of the one launch."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        ((args, options),) = self.made
+        names = self.kernel.arg_names
+        given = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
+        fixed = {k: v for k, v in given.items() if v is None or k in options}
+        kinds = {
+            k: "constexpr" if k in fixed else self.POINTERS[given[k].dtype] if torch.is_tensor(given[k]) else "i32"
+            for k in names
+        }
+        whole = [k for k, v in given.items() if torch.is_tensor(v) and v.data_ptr() % 16 == 0]
+        source = ASTSource(self.kernel, kinds, fixed, {(names.index(k),): [["tt.divisibility", 16]] for k in whole})
+        found = triton.compile(
+            source, GPUTarget("cuda", capability, 32), {k: v for k, v in options.items() if k not in names}
+        )
+        return *usage(found.asm["cubin"]), found.metadata.shared
+
+
+def usage(cubin):
+    """(registers, bytes of stack, which only spilling needs) of a compiled kernel, as cuobjdump reads them."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    file = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    file.write_bytes(cubin)
+    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
+    return tuple(int(re.search(rf"{word}:(\d+)", text.stdout + text.stderr)[1]) for word in ("REG", "STACK"))
+
+
+@pytest.fixture
+def launches(monkeypatch, tmp_path):
+    """launches(op, name): the kernel `name` of an op, replaced by a recorder. Nothing is taken from Triton's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def replaced(op, name):
+        module = importlib.import_module(f"svp.ops.{op}.triton")
+        recorder = Launches(getattr(module, name))
+        monkeypatch.setattr(module, name, recorder)
+        return module, recorder
+
+    return replaced
+
+
+def scan_launch(launches, name, n, dtype, given, trained, reverse):
+    """Records a launch of the scan's forward or backward, with B and C as columns of one projection, as Vim has them."""
+    module, recorder = launches("selective_scan", name)
+    b, l, e = 1, 20, 64
+    leave_out = set(OPTIONAL) - set(given)
+    t = dict(zip(NAMES, scan_args(b, l, e, n, leave_out=leave_out, device="cpu"), strict=True))
+    wide = torch.zeros(b, l, 1, 24 + 2 * n)
+    t |= {"B": wide[..., 24 : 24 + n], "C": wide[..., 24 + n :]}
+    t |= {k: t[k].to(dtype) for k in ("u", "delta", "B", "C", "z") if t[k] is not None}
+    if name == "_forward":
+        module.forward(*t.values(), True, reverse, True)
+    else:
+        needs = [k in trained for k in ("A", "D", "delta_bias", "h0", "offset", "bias")]
+        states = torch.empty(module.saved_shape(t["u"], t["A"], t["B"]))
+        module.backward(torch.zeros(b, l, e, dtype=dtype), None, states, *t.values(), True, reverse, needs)
+    return recorder
+
+
+VIM = ("D", "delta_bias")  # what a Vim gives beside u, delta, A, B, C
+ALL = ("A", *OPTIONAL)
+WHERE = [pytest.param(80, marks=pytest.mark.slow), 90]
+
+
+@compiles
+@pytest.mark.parametrize("capability", WHERE)
+@pytest.mark.parametrize(
+    "name,n,dtype,given,trained,reverse",
+    [
+        pytest.param("_forward", 16, torch.float32, VIM, (), False, id="forward"),
+        pytest.param("_forward", 16, torch.bfloat16, VIM, (), True, id="forward-bf16", marks=pytest.mark.slow),
+        pytest.param("_forward", 16, torch.float16, OPTIONAL, (), False, id="forward-all-fp16", marks=pytest.mark.slow),
+        pytest.param("_forward", 1, torch.float32, OPTIONAL, (), False, id="forward-n1", marks=pytest.mark.slow),
+        pytest.param("_backward", 16, torch.float32, VIM, (), False, id="frozen"),
+        pytest.param("_backward", 16, torch.bfloat16, VIM, (), True, id="frozen-bf16", marks=pytest.mark.slow),
+        pytest.param("_backward", 16, torch.float32, VIM, ("A", *VIM), True, id="trained", marks=pytest.mark.slow),
+        pytest.param("_backward", 16, torch.float32, ("D", "delta_bias", "offset", "h0"), ("offset", "h0"), False, id="offset", marks=pytest.mark.slow),
+        pytest.param("_backward", 16, torch.float32, (*VIM, "z"), (), False, id="gated", marks=pytest.mark.slow),
+        pytest.param("_backward", 16, torch.float16, OPTIONAL, ALL, True, id="all-fp16", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_the_scan_compiles_and_does_not_spill(launches, capability, name, n, dtype, given, trained, reverse):
+    registers, stack, shared = scan_launch(launches, name, n, dtype, given, trained, reverse).compiled(capability)
+    print(f"sm_{capability}: {registers} registers, {stack} bytes of stack, {shared} bytes of shared memory")
+    assert shared == 0 and stack <= (8 if len(trained) == len(ALL) else 0)  # with everything at once, two registers
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [5, 64, 256])
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_any_number_of_states_compiles(launches, name, n):
+    print(scan_launch(launches, name, n, torch.float32, OPTIONAL, ALL, False).compiled(90))
+
+
+@compiles
+@pytest.mark.parametrize("capability", WHERE)
+@pytest.mark.parametrize("given", [(), ("bias", "past")])
+@pytest.mark.parametrize("taps", [4, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_the_convolution_compiles_and_does_not_spill(launches, capability, given, taps, name):
+    module, recorder = launches("causal_conv1d", name)
+    t = {k: v.float() for k, v in conv_inputs(1, 20, 64, taps).items()}
+    args = t["x"].to(torch.bfloat16), t["weight"], *(t[k] if k in given else None for k in ("bias", "past")), True, True
+    if name == "_forward":
+        module.forward(*args)
+    else:
+        module.backward(args[0], *args, [bool(given)] * 2)
+    registers, stack, shared = recorder.compiled(capability)
+    print(f"sm_{capability}: {registers} registers, {stack} bytes of stack, {shared} bytes of shared memory")
+    assert stack == 0 or taps > 4
