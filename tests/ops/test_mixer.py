@@ -169,6 +169,19 @@ def test_a_named_kernel_answers_or_says_why_not():
     assert [row.name for row in KERNELS] == ["cpu", "composed"]
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_the_environment_chooses_for_all_its_steps(name, monkeypatch):
+    if name == "cpu" and not native.available:
+        pytest.skip(native.reason)
+    inputs = {key: t.float() for key, t in random_inputs(1, 5, 4, 2).items()}
+    want = run(inputs, name)
+    monkeypatch.setenv("SVP_KERNEL", name)
+    assert torch.equal(run(inputs, "auto"), want)
+    monkeypatch.setenv("SVP_KERNEL", "typo")
+    with pytest.raises(SvpError, match="typo"):
+        run(inputs, "auto")
+
+
 @compiled
 def test_second_derivatives_are_refused():
     inputs = {name: t.float().requires_grad_() for name, t in random_inputs(1, 5, 4, 2).items()}

@@ -102,7 +102,8 @@ def test_fresh_memory_holds_nan():
 def test_our_ops_ask_for_memory_where_the_guard_stands():
     for path in Path(svp.ops.__file__).parent.rglob("*.py"):
         asked = re.findall(r"torch\.empty\w*\(", path.read_text())
-        assert not asked or path.name == "dispatch.py", path  # that one only looks at a dtype
+        # the first only looks at a dtype, the second measures products into memory of its own
+        assert not asked or path.name in ("dispatch.py", "floor.py"), path
 
 
 @compiled
