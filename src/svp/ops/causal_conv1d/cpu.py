@@ -54,7 +54,7 @@ def backward(dy, x, weight, bias, past, silu, reverse, needs):
 class _Conv(ctypes.Structure):  # kernels.h: Conv
     _fields_ = fields(
         (Rows, "x dy"), (ctypes.c_void_p, "weight bias past"), (ctypes.c_int64, "past_b"),
-        (Rows, "y"), (ctypes.c_void_p, "dweight dpast"), (ctypes.c_int64, "batch length channels taps"),
+        (Rows, "y"), (ctypes.c_void_p, "slope dweight dpast"), (ctypes.c_int64, "batch length channels taps"),
         (ctypes.c_int, "silu reverse accumulate threads"),
     )  # fmt: skip
 

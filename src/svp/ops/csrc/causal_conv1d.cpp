@@ -33,6 +33,7 @@ struct Tile {
     return rows.data + picture * rows.b + token(t) * rows.l + first;
   }
   float* row_of(const OutRows& rows, int64_t t) const { return rows.data + picture * rows.b + token(t) * rows.l + first; }
+  float* slope_of(int64_t t) const { return a.slope + (picture * a.length + token(t)) * a.channels + first; }
   void prefetch(const Rows& rows, int64_t t) const {
     if (t < 0 || t >= a.length) return;
     for (int64_t c = 0; c < TILE; c += 16) __builtin_prefetch(row_of(rows, t) + c, 0, 2);
@@ -65,14 +66,19 @@ struct Rooms {
   }
 };
 
-// x of a chunk and of the taps - 1 positions before it, and the chunk's p.
-void read_chunk(const Tile& tile, const Rooms& r, int64_t from, int64_t to) {
+// x of a chunk and of the taps - 1 positions before it.
+void read_x(const Tile& tile, const Rooms& r, int64_t from, int64_t to) {
   const int64_t K = tile.a.taps;
   for (int64_t t = from - (K - 1); t < to; ++t) {
     const float* row = tile.x(t);
     for (int64_t c = 0; c < tile.lanes; c += W)
       store(r.x + (t + (K - 1) - from) * TILE + c, row ? load_part(row + c, tile.count - c) : vf{});
   }
+}
+
+// The chunk's p, and what its sigmoid is made of.
+void convolve(const Tile& tile, const Rooms& r, int64_t from, int64_t to) {
+  const int64_t K = tile.a.taps;
   for (int64_t c = 0; c < tile.lanes; c += W) {
     const float *x = r.x + c, *weight = r.weight + c;
     const vf bias = load(r.bias + c);
@@ -106,14 +112,16 @@ int conv_forward(const Conv& a) {
     const Rooms r(tile, scratch);
     for (int64_t from = 0; from < a.length; from += STEP) {
       const int64_t to = from + STEP < a.length ? from + STEP : a.length;
-      read_chunk(tile, r, from, to);
+      read_x(tile, r, from, to);
+      convolve(tile, r, from, to);
       for (int64_t t = from; t < to; ++t) {
         tile.prefetch(a.x, t + STEP);
-        float* row = tile.row_of(a.y, t);
+        float *row = tile.row_of(a.y, t), *slope = a.slope ? tile.slope_of(t) : nullptr;
         for (int64_t c = 0; c < tile.lanes; c += W) {
-          vf p = load(r.p + (t - from) * TILE + c);
-          if (a.silu) p *= sigmoid(p, load(r.w + (t - from) * TILE + c));
-          store_part(row + c, p, tile.count - c);
+          const vf p = load(r.p + (t - from) * TILE + c);
+          const vf s = a.silu ? sigmoid(p, load(r.w + (t - from) * TILE + c)) : splat(1.0f);
+          store_part(row + c, p * s, tile.count - c);
+          if (slope) store_part(slope + c, a.silu ? s * (1.0f + p * (1.0f - s)) : s, tile.count - c);
         }
       }
     }
@@ -122,14 +130,16 @@ int conv_forward(const Conv& a) {
 
 namespace {
 
-// q = dL/dp of a chunk, which r.p and r.w describe.
+// q = dL/dp of a chunk: r.p and r.w describe it, or the slope that the forward left.
 void backward_activation(const Tile& tile, const Rooms& r, int64_t from, int64_t to) {
   for (int64_t t = from; t < to; ++t) {
     const float* row = tile.row_of(tile.a.dy, t);
     for (int64_t c = 0; c < tile.lanes; c += W) {
       const int64_t o = (t - from) * TILE + c;
       vf dp = load_part(row + c, tile.count - c);
-      if (tile.a.silu) {
+      if (tile.a.slope) {
+        dp *= load_part(tile.slope_of(t) + c, tile.count - c);
+      } else if (tile.a.silu) {
         const vf p = load(r.p + o), s = sigmoid(p, load(r.w + o));
         dp *= s * (1.0f + p * (1.0f - s));
       }
@@ -175,11 +185,13 @@ int conv_backward(const Conv& a) {
     for (int64_t from = (a.length - 1) / STEP * STEP; from >= 0; from -= STEP) {
       const int64_t to = from + STEP < a.length ? from + STEP : a.length;
       for (int64_t t = from; t < to; ++t) {
-        tile.prefetch(a.x, t - STEP);
+        if (a.slope) tile.prefetch({a.slope, a.length * a.channels, a.channels, 0}, t - STEP);
+        if (!a.slope || a.dweight) tile.prefetch(a.x, t - STEP);
         tile.prefetch(a.dy, t - STEP);
         tile.prefetch({a.y.data, a.y.b, a.y.l, 0}, t - STEP);
       }
-      read_chunk(tile, r, from, to);
+      if (!a.slope || a.dweight) read_x(tile, r, from, to);
+      if (!a.slope) convolve(tile, r, from, to);
       backward_activation(tile, r, from, to);
       if (a.dweight) backward_weight(tile, r, to - from);
       const float* ahead = r.q + (K - 1) * TILE;

@@ -60,6 +60,7 @@ struct Conv {
   const float* past;                // (b, taps - 1, e) with past_b floats between pictures, or null
   int64_t past_b;
   OutRows y;                        // (b, l, e): y forward, dx backward
+  float* slope;                     // (b, l, e) dense or null: dy/dp, which the forward leaves and the backward then reads
   float* dweight;                   // (b, taps + 1, e) each picture's share, the bias last; or null when frozen
   float* dpast;                     // (b, taps - 1, e) or null
   int64_t batch, length, channels, taps;

@@ -110,11 +110,11 @@ def _backward(dout, codes, states0, states1, xz, *rest):
     grads = [Grads(w, asked, b) for w, asked in zip(pair, wanted, strict=True)]
     for some in groups(b, l, e):
         x, z = xz[some, :, :e], xz[some, :, e:]
-        u, delta, dy, gate, du, ddelta, dcode = room(*[x.shape] * 6, (*x.shape[:2], codes.shape[-1]))
+        u, slope, delta, dy, gate, du, ddelta, dcode = room(*[x.shape] * 7, (*x.shape[:2], codes.shape[-1]))
         share_gate(dout[some], z, dy, gate, scale)
         for k, w in enumerate(pair):
             code, add = codes[k, some], grads[k]
-            convolve(x, w, some, k, u)
+            convolve(x, w, some, k, u, slope)
             project(u, None, w, delta, code)
             call = scan(u, delta, code, w, some, k, h0=False)
             call.args.add_dz = k == 1  # each direction has a share of y, and with it of dz
@@ -129,7 +129,7 @@ def _backward(dout, codes, states0, states1, xz, *rest):
             torch.addmm(du.flatten(0, 1), rows, w.x_proj, out=du.flatten(0, 1))
             add.scan(shares, some)
             add.products(u, code, ddelta, dcode)
-            add.convolution(convolve_backward(x, w, some, k, du, dxz[some, :, :e], add.asked), some)
+            add.convolution(convolve_backward(x, w, some, k, du, slope, dxz[some, :, :e], add.asked), some)
     return [dxz, *grads[0].list(), *grads[1].list()]
 
 
@@ -212,20 +212,20 @@ def _of(t: Tensor | None, some: slice) -> Tensor | None:
     return t if t is None or t.shape[0] == 1 else t[some]
 
 
-def convolve(x: Tensor, w: Direction, some: slice, k: int, u: Tensor) -> None:
+def convolve(x: Tensor, w: Direction, some: slice, k: int, u: Tensor, slope: Tensor | None = None) -> None:
     call = conv_call(x, w.conv, w.conv_bias, _of(w.past, some), True, k == 1)
-    call.put(y=u)
+    call.put(y=u, slope=slope)
     call.run("svp_conv_forward")
 
 
-def convolve_backward(x, w, some, k, du, dx, asked) -> tuple[Tensor | None, Tensor | None]:
+def convolve_backward(x, w, some, k, du, slope, dx, asked) -> tuple[Tensor | None, Tensor | None]:
     b, _, e = x.shape
     taps = w.conv.shape[1]
     dweight = x.new_empty(b, taps + 1, e) if asked.conv or asked.conv_bias else None
     dpast = x.new_zeros(b, taps - 1, e) if asked.past else None
     call = conv_call(x, w.conv, w.conv_bias, _of(w.past, some), True, k == 1)
     call.args.accumulate = k == 1  # the first direction wrote its part
-    call.put(dy=du, y=dx, dweight=dweight, dpast=dpast)
+    call.put(dy=du, slope=slope, y=dx, dweight=dweight, dpast=dpast)
     call.run("svp_conv_backward")
     return dweight, dpast
 
