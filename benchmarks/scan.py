@@ -3,7 +3,9 @@
 One direction of a Vim mixer: delta projection (rank 24), softplus, scan, skip term and gate, forward and with the
 backward of a frozen backbone (A, D, delta's weight and bias need no gradient). Every candidate does the whole of it.
 
-    python benchmarks/scan.py [--json FILE] [--threads 1 2] [--tokens 197 785 3136] [--repeats 15]
+    python benchmarks/scan.py [--json FILE] [--threads 1 2] [--tokens 197 785 3136] [--states 16 1] [--repeats 15]
+
+Then with each number of states (Mamba's 16, VMamba's 1) at every instruction-set level of the machine, on one thread.
 
 ours    selective_scan(kernel="cpu")
 loop    the best plain loop we know: selective_scan(kernel="reference"), `unbind` and the exponential inside the loop
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[197, 785, 3136])
+    parser.add_argument("--states", type=int, nargs="+", default=[STATES, 1])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     if not native.available:
@@ -54,7 +57,13 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         for backward in (False, True):
+            print()
             report["runs"].append(compare(threads, backward, options.repeats))
+    torch.set_num_threads(options.threads[0])
+    report["levels"] = [
+        by_level(level, states, options.threads[0], backward, options.repeats)
+        for level in native.levels() for states in options.states for backward in (False, True)
+    ]  # fmt: skip
     report["kept_memory"] = native.keep_freed_memory()
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -66,16 +75,16 @@ def main() -> None:
 class Inputs:
     """What a mixer hands its scan: halves of xz, columns of one projection's output."""
 
-    def __init__(self, batch: int, tokens: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, batch: int, tokens: int, dtype: torch.dtype = torch.float32, states: int = STATES):
         g = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g).to(dtype)
 
         self.u, self.z = normal(batch, tokens, 2 * CHANNELS).chunk(2, -1)
-        self.dt, self.B, self.C = normal(batch, tokens, RANK + 2 * STATES).split([RANK, STATES, STATES], -1)
+        self.dt, self.B, self.C = normal(batch, tokens, RANK + 2 * states).split([RANK, states, states], -1)
         self.weight = normal(CHANNELS, RANK) * RANK**-0.5
-        self.A = -torch.arange(1, STATES + 1, dtype=dtype).repeat(CHANNELS, 1)
+        self.A = -torch.arange(1, states + 1, dtype=dtype).repeat(CHANNELS, 1)
         self.D, self.delta_bias = torch.ones(CHANNELS, dtype=dtype), normal(CHANNELS) - 4
         self.dy = normal(batch, tokens, CHANNELS)
 
@@ -135,9 +144,23 @@ def check(inputs: Inputs) -> dict[str, float]:
     return errors
 
 
-def compare(threads: int, backward: bool, repeats: int) -> dict:
-    inputs = Inputs(BATCH, TOKENS)
-    functions = {name: lambda scan=scan: inputs.run(scan, backward) for name, scan in candidates().items()}
+def by_level(level: str, states: int, threads: int, backward: bool, repeats: int) -> dict:
+    before = native.isa()
+    native.set_isa(level)
+    try:
+        print(f"\n{level}, {states} state{'s' * (states > 1)}: ", end="")
+        found = compare(threads, backward, max(3, repeats // 3), states, {"ours": ours, "loop": loop})
+    finally:
+        native.set_isa(before)
+    return {"level": level, "states": states, **found}
+
+
+def compare(
+    threads: int, backward: bool, repeats: int, states: int = STATES, scans: dict[str, Callable] | None = None
+) -> dict:
+    inputs = Inputs(BATCH, TOKENS, states=states)
+    scans = candidates() if scans is None else scans
+    functions = {name: lambda scan=scan: inputs.run(scan, backward) for name, scan in scans.items()}
     rates = probes()
     projections = {
         "projection": lambda: F.linear(inputs.dt, inputs.weight),
@@ -147,13 +170,14 @@ def compare(threads: int, backward: bool, repeats: int) -> dict:
     seconds = {name: t.wall for name, t in interleaved(calls, repeats, seldom=("pscan",)).items()}
     best = {name: min(times) for name, times in seconds.items()}
     rate = {name: probe.work / best[name] for name, probe in rates.items()}
-    parts = scan_parts(BATCH * CHANNELS * TOKENS, STATES, backward, rate)
+    parts = scan_parts(BATCH * CHANNELS * TOKENS, states, backward, rate)
     parts["projection"] = best["projection"] + (best["projection backward"] if backward else 0)
     parts_ms, floor = {name: part * 1e3 for name, part in parts.items()}, least(parts) * 1e3
-    print(f"\n{'forward + backward' if backward else 'forward'}, {threads} thread{'s' * (threads > 1)}")
+    print(f"{'forward + backward' if backward else 'forward'}, {threads} thread{'s' * (threads > 1)}")
     rows = {}
     for name in functions:
-        median, spread = statistics.median(seconds[name]), statistics.quantiles(seconds[name], n=4)
+        times = seconds[name] * 2 if len(seconds[name]) == 1 else seconds[name]
+        median, spread = statistics.median(times), statistics.quantiles(times, n=4)
         rows[name] = {"min_ms": best[name] * 1e3, "median_ms": median * 1e3, "iqr_ms": (spread[2] - spread[0]) * 1e3}
         rows[name]["over_ours"] = best[name] / best["ours"]
         print(f"  {name:6}{best[name] * 1e3:9.2f} ms   median {median * 1e3:9.2f}   iqr {rows[name]['iqr_ms']:7.2f}   "

@@ -14,6 +14,7 @@ from svp.ops import native
 FORWARD_FMA, BACKWARD_FMA = 3, 9
 # float32 numbers per (b, l, e): u, delta, z, y; with the backward pass also dy, du, ddelta, dz, states
 FORWARD_NUMBERS, STEP_NUMBERS = 4, 16
+BESIDE = 2  # exponentials of (b, l, e) beside those of the states: softplus, and the SiLU of a gate
 SIDE = 768  # of the square matrices whose product gives the rate of multiply-adds
 
 
@@ -63,7 +64,7 @@ def scan_parts(values: float, states: int, backward: bool, rates: dict[str, floa
     elements, passes = values * states, 2 if backward else 1
     fma = FORWARD_FMA + (BACKWARD_FMA if backward else 0)
     work = {
-        "exponentials": passes * elements,
+        "exponentials": passes * (elements + BESIDE * values),
         "multiply-adds": fma * elements,
         "copy": 4.0 * values * (STEP_NUMBERS if backward else FORWARD_NUMBERS),
     }
