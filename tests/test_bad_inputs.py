@@ -594,7 +594,7 @@ RUNS = [
     refused(60, "fp16 on the CPU", f"{TRAIN} --amp fp16 --device cpu", "precision fp16 needs a GPU, the device is cpu", "--amp off", "env"),
     refused(61, "out of memory before the run", f"{TRAIN} --method svp", r"memory ran out: 64 bytes were asked for", "smaller", "run",
             patch=lambda m: m.setattr("svp.methods.svp.SVP.__init__", no_memory)),
-    refused(61, "out of memory in the first step", f"{TRAIN} --method svp", "memory ran out on cpu with batch_size 32 of 16 x 16 pixels", "--batch-size 16 --accumulate 2 trains the same; --amp bf16", "run",
+    refused(61, "out of memory in the first step", f"{TRAIN} --method svp", "memory ran out on cpu with batch_size 32 of 16 x 16 pixels", "--batch-size 16 --accumulate 2 trains the same; -r grad_checkpointing=true", "run",
             patch=lambda m: m.setattr("svp.training.loop.Training.train_step", no_memory), leaves=("run.*",)),
     refused(63, "a missing extra", lambda: extras.need("gradio_that_is_not_there", extra="demo", why="svp demo"), 'svp demo needs the package "gradio_that_is_not_there"', r'pip install "svp-vision\[demo\]"', "env"),
     refused(64, "a torchvision for another torch", TRAIN, r"torch \d+\.\d+\S* and torchvision \d+\.\d+\S* do not belong together", "pip install -U torch torchvision", "env",

@@ -180,3 +180,18 @@ def test_a_tensor_of_the_wrong_form_gets_a_sentence(bad, problem):
     with pytest.raises(SvpError) as err:
         made("linear")(bad)
     assert problem in str(err.value)
+
+
+@pytest.mark.parametrize("method", ["svp", "lora", "vpt"])
+def test_a_training_step_compiles_whole(method, images):
+    model = stir(made(method)).eval()  # no dropout
+
+    def gradients(forward):
+        model.zero_grad()
+        forward(images).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    want = gradients(model)
+    assert want
+    for got, grad in zip(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), want, strict=True):
+        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-5)

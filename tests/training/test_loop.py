@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from svp.backbones.base import Backbone
 from svp.errors import SvpError
 from svp.methods.base import Phase
 from svp.model import load
@@ -242,6 +243,20 @@ def test_chance_before_the_head_forbids_the_cache():
     for changes in (dict(augment="crop"), dict(drop_path=0.1), dict(mixup=0.8)):
         run = fit(model("linear"), splits(), recipe=RECIPE.but(epochs=1, **{"augment": "none", **changes}))
         assert not run.result["features_cached"]
+
+
+def test_recomputed_blocks_give_the_same_numbers_and_the_backbone_its_setting_back(monkeypatch):
+    seen = []
+    checkpointed = Backbone.checkpointed
+    monkeypatch.setattr(
+        Backbone, "checkpointed", lambda self, *args: seen.append(self.grad_checkpointing) or checkpointed(self, *args)
+    )
+    kept = fit(model(), splits(), recipe=RECIPE).result
+    assert not any(seen)
+    other = model()
+    again = fit(other, splits(), recipe=RECIPE.but(grad_checkpointing=True)).result
+    assert any(seen) and not other.backbone.grad_checkpointing
+    assert again["val_accuracy"] == kept["val_accuracy"] and again["test_accuracy"] == kept["test_accuracy"]
 
 
 def test_the_average_is_what_is_saved():

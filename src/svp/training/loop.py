@@ -107,6 +107,7 @@ def fit(
         "deterministic": deterministic,
     }  # fmt: skip
     folder = RunFolder(out) if out is not None else None
+    checkpointing = model.backbone.grad_checkpointing
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(machine.determinism(deterministic))
@@ -123,6 +124,7 @@ def fit(
             return Run(folder.path if folder else None, training.run(resume and not overwrite))
     finally:
         model.drop_path = 0.0
+        model.backbone.set_grad_checkpointing(checkpointing)
         team.close()
 
 
@@ -179,6 +181,8 @@ class Training:
         self.run_begin(index, phase, snapshot.entries.get(index) if snapshot else None)
         self.team.agree(self.model.state_dict().values())
         self.model.drop_path = recipe.drop_path
+        if recipe.grad_checkpointing:
+            self.model.backbone.set_grad_checkpointing(True)
         self.groups = parameter_groups(self.model.named_parameters(), recipe, self.method.groups())
         self.optimizer = optimizer_for(self.groups, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
@@ -526,7 +530,7 @@ class Training:
             smaller = f"--batch-size {max(n // 2, 1)} --accumulate {self.recipe.accumulate * 2} trains the same"
             raise SvpError(
                 f"memory ran out on {self.device} with batch_size {n} of {h} x {w} pixels",
-                f"{smaller}; --amp bf16 halves the activations on a GPU",
+                f"{smaller}; -r grad_checkpointing=true takes less memory and more time; --amp bf16 halves the activations on a GPU",
             ) from err
 
 
