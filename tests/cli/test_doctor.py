@@ -26,7 +26,7 @@ def test_the_findings_for_programs(svp):
     assert found["problems"] == [] and found["library"]["level"] in found["library"]["levels"]
     rows = {(row["op"], row["kernel"]): row for row in found["kernels"] if row["device"] == "cpu"}
     assert rows["selective_scan", "cpu"]["chosen"] and not rows["selective_scan", "reference"]["chosen"]
-    assert {c["op"] for c in found["comparisons"]} == {"selective_scan", "causal_conv1d"}
+    assert {c["op"] for c in found["comparisons"]} == {"selective_scan", "causal_conv1d", "mixer", "add_norm"}
     assert all(
         c["is_right"] and c["error"] < 1e-5 and c["seconds"] < c["reference_seconds"] for c in found["comparisons"]
     )

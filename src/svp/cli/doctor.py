@@ -247,10 +247,16 @@ def kernels() -> list[dict[str, Any]]:
 
 def comparisons(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Error and speed of every fast kernel that can answer."""
-    from svp.ops.compare import compare
+    from svp.ops.compare import COMPOSED, compare
 
-    fast = [row for row in rows if row["reason"] is None and row["kernel"] != "reference"]
-    made = [(row["device"], compare(row["op"], row["kernel"], row["device"])) for row in fast]
+    fast = [
+        (row["device"], row["op"], row["kernel"])
+        for row in rows
+        if row["reason"] is None and row["kernel"] != "reference"
+    ]
+    if ("cpu", "selective_scan", "cpu") in fast:
+        fast += [("cpu", op, "cpu") for op in COMPOSED]
+    made = [(device, compare(op, kernel, device)) for device, op, kernel in fast]
     return [{**c._asdict(), "device": device, "is_right": c.is_right} for device, c in made]
 
 

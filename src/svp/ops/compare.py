@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svp.ops.add_norm import Term, add_norm
 from svp.ops.causal_conv1d import causal_conv1d
+from svp.ops.mixer import Direction, mixer
 from svp.ops.selective_scan import selective_scan
 
 SHAPE = (2, 197, 384, 16)  # (b, l, e, n): two pictures of 224 pixels in a block of vim_tiny
@@ -33,7 +35,7 @@ class Comparison(NamedTuple):
 
 
 def compare(op: str, kernel: str, device: str = "cpu", shape: tuple[int, int, int, int] = SHAPE) -> Comparison:
-    """Outputs and all gradients of "selective_scan" or "causal_conv1d" in float32, against the reference in float64."""
+    """Outputs and all gradients of an op of OPS in float32, against the reference in float64."""
     run, inputs = OPS[op]
     made = {name: t.to(device) for name, t in inputs(*shape).items()}
     want = _with_grads(run, made, torch.float64, "reference")
@@ -89,9 +91,42 @@ def _conv_inputs(b: int, l: int, e: int, n: int) -> dict[str, Tensor]:
     return {"x": normal(b, l, e), "weight": normal(e, TAPS), "bias": normal(e)}
 
 
+def _mixer(xz: Tensor, kernel: str, **tensors: Tensor) -> Tensor:
+    pair = [Direction(*(tensors.get(f"{name}{k}") for name in Direction._fields)) for k in (0, 1)]  # type: ignore[arg-type]
+    return mixer(xz, *pair, scale=0.5, kernel=kernel)
+
+
+def _mixer_inputs(b: int, l: int, e: int, n: int) -> dict[str, Tensor]:
+    normal, r = _normal(0), max(1, e // 32)
+    made = {"xz": normal(b, l, 2 * e)}
+    for k in (0, 1):
+        made |= {
+            f"conv{k}": normal(e, TAPS), f"conv_bias{k}": normal(e), f"x_proj{k}": e**-0.5 * normal(r + 2 * n, e),
+            f"dt_proj{k}": r**-0.5 * normal(e, r), f"dt_bias{k}": normal(e) - 1, f"A{k}": -torch.exp(normal(e, n)),
+            f"D{k}": normal(e),
+        }  # fmt: skip
+    return made
+
+
+def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, pre: Tensor, scale: Tensor, kernel: str) -> Tensor:
+    h, stream = add_norm(x, residual, weight, 1e-5, terms=(Term(pre, scale, "silu"),), kernel=kernel)
+    return h + 0.1 * stream
+
+
+def _add_norm_inputs(b: int, l: int, e: int, n: int) -> dict[str, Tensor]:
+    normal, d = _normal(0), e // 2
+    return {
+        "x": normal(b, l, d), "residual": normal(b, l, d), "weight": normal(d), "pre": normal(b, l, d), "scale": normal(d),
+    }  # fmt: skip
+
+
 def _normal(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-OPS = {"selective_scan": (_scan, _scan_inputs), "causal_conv1d": (_conv, _conv_inputs)}
+OPS: dict[str, tuple[Callable, Callable]] = {
+    "selective_scan": (_scan, _scan_inputs), "causal_conv1d": (_conv, _conv_inputs), "mixer": (_mixer, _mixer_inputs),
+    "add_norm": (_add_norm, _add_norm_inputs),
+}  # fmt: skip
+COMPOSED = ("mixer", "add_norm")  # made of the others but on the kernel "cpu"
