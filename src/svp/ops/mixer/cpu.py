@@ -86,7 +86,8 @@ def _forward(xz, *rest):
         for k, w in enumerate(pair):
             code = codes[k, some] if save else scratch
             convolve(x, w, some, k, u)
-            project(u, code, w, delta)
+            encode(u, w, code)
+            widen(code, w, delta)
             call = scan(u, delta, code, w, some, k)
             if k == 0:
                 call.put(y=first)
@@ -107,7 +108,7 @@ def _backward(dout, codes, states0, states1, xz, *rest):
     wanted = Direction(*needs[:COUNT]), Direction(*needs[COUNT:])
     states = states0, states1
     dxz = xz.new_empty(xz.shape)
-    grads = [Grads(w, asked, b) for w, asked in zip(pair, wanted, strict=True)]
+    grads = [Grads(w, asked) for w, asked in zip(pair, wanted, strict=True)]
     for some in groups(b, l, e):
         x, z = xz[some, :, :e], xz[some, :, e:]
         u, slope, delta, dy, gate, du, ddelta, dcode = room(*[x.shape] * 7, (*x.shape[:2], codes.shape[-1]))
@@ -115,7 +116,7 @@ def _backward(dout, codes, states0, states1, xz, *rest):
         for k, w in enumerate(pair):
             code, add = codes[k, some], grads[k]
             convolve(x, w, some, k, u, slope)
-            project(u, None, w, delta, code)
+            widen(code, w, delta)
             call = scan(u, delta, code, w, some, k, h0=False)
             call.args.add_dz = k == 1  # each direction has a share of y, and with it of dz
             call.put(dy=dy, gate=gate, states=states[k][some], du=du, ddelta=ddelta, dz=dxz[some, :, e:])
@@ -136,8 +137,8 @@ def _backward(dout, codes, states0, states1, xz, *rest):
 class Grads:
     """The gradients of one direction's tensors that are asked for, summed over the groups of pictures in their order."""
 
-    def __init__(self, w: Direction, asked: Direction, batch: int):
-        self.w, self.asked, self.batch = w, asked, batch
+    def __init__(self, w: Direction, asked: Direction):
+        self.w, self.asked = w, asked
         self.of_scan = Wanted(asked.A, asked.D, asked.dt_bias, asked.h0, asked.offset, asked.bias)
         self.found: dict[str, Tensor] = {}
 
@@ -153,13 +154,8 @@ class Grads:
             self.found.setdefault(name, t.new_empty(t.shape))[some] = part
 
     def scan(self, shares: dict[str, Tensor | None], some: slice) -> None:
-        for name, key in (
-            ("A", "dA"),
-            ("D", "dD"),
-            ("dt_bias", "ddelta_bias"),
-            ("offset", "doffset"),
-            ("bias", "dbias"),
-        ):
+        names = {"A": "dA", "D": "dD", "dt_bias": "ddelta_bias", "offset": "doffset", "bias": "dbias"}
+        for name, key in names.items():
             share = shares[key]
             if share is not None:
                 self.add(name, share.sum(0))
@@ -230,18 +226,17 @@ def convolve_backward(x, w, some, k, du, slope, dx, asked) -> tuple[Tensor | Non
     return dweight, dpast
 
 
-def project(u: Tensor, code: Tensor | None, w: Direction, delta: Tensor, known: Tensor | None = None) -> None:
-    """code = x_proj u, unless it is known; delta = dt_proj code."""
-    if code is not None:
-        rows, out = u.flatten(0, 1), code.flatten(0, 1)
-        if w.x_proj_bias is None:
-            torch.mm(rows, w.x_proj.T, out=out)
-        else:
-            torch.addmm(w.x_proj_bias, rows, w.x_proj.T, out=out)
+def encode(u: Tensor, w: Direction, code: Tensor) -> None:
+    """code = x_proj u"""
+    if w.x_proj_bias is None:
+        torch.mm(u.flatten(0, 1), w.x_proj.T, out=code.flatten(0, 1))
     else:
-        assert known is not None
-        out = known.flatten(0, 1)
-    torch.mm(out[:, : w.dt_proj.shape[1]], w.dt_proj.T, out=delta.flatten(0, 1))
+        torch.addmm(w.x_proj_bias, u.flatten(0, 1), w.x_proj.T, out=code.flatten(0, 1))
+
+
+def widen(code: Tensor, w: Direction, delta: Tensor) -> None:
+    """delta = dt_proj code, of its first columns"""
+    torch.mm(code.flatten(0, 1)[:, : w.dt_proj.shape[1]], w.dt_proj.T, out=delta.flatten(0, 1))
 
 
 def scan(u: Tensor, delta: Tensor, code: Tensor, w: Direction, some: slice, k: int, h0: bool = True) -> Call:
