@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from support import assert_close
 from svp.errors import SvpError
-from svp.ops import Term, add_norm, native
+from svp.ops import native
+from svp.ops.add_norm import Term, add_norm
 
 compiled = pytest.mark.skipif(not native.available, reason=native.reason)
 SCALES = {"channel": lambda d: (d,), "scalar": lambda d: (1,), "none": lambda d: None}

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from support import assert_close
 from svp.errors import SvpError
-from svp.ops import Direction, mixer, native
-from svp.ops.mixer import KERNELS
+from svp.ops import native
+from svp.ops.mixer import KERNELS, Direction, mixer
 from svp.ops.mixer import cpu as mixer_cpu
 
 compiled = pytest.mark.skipif(not native.available, reason=native.reason)

@@ -36,7 +36,7 @@ OPTIONAL = ("D", "z", "delta_bias", "h0", "offset", "bias")
 @pytest.mark.skipif(INTERPRETED, reason="this is it")
 def test_in_the_interpreter():
     env = os.environ | {gpu.INTERPRET: "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
