@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "methods.json"
 KEPT = (
     "label", "options", "head", "fingerprint", "img_size", "protocol", "selection", "recipe", "lr_used", "amp", "seed",
     "epochs", "selected_epoch", "val_accuracy", "test_accuracy", "test_top5", "trainable", "features_cached", "data",
-    "versions", "git", "kernel", "timing",
+    "versions", "git", "kernel", "timing", "classes",
 )  # fmt: skip
 
 
@@ -192,15 +192,26 @@ def said(facts: dict[str, Any]) -> str:
 
 
 def report(work: list[Cell], out: Path) -> dict[str, Any]:
-    """What is done, as docs/tables.py reads it: a row for each backbone and method, and below all runs as they were."""
+    """What is done, as docs/tables.py reads it: a row for each backbone and method, what all runs share, and each run."""
     found = [(cell, cell.facts(out)) for cell in work]
-    runs = [facts for _, facts in found if facts and "refused" not in facts]
+    runs = [slim(facts) for _, facts in found if facts and "refused" not in facts]
+    done = [facts for facts in runs if "failed" not in facts]
+    shared = {key: value for key, value in (done or [{}])[0].items() if all(key in r and r[key] == value for r in done)}
     pairs = list(dict.fromkeys((cell.backbone, cell.method) for cell in work))
     rows = [
         row(backbone, method, [facts or {} for cell, facts in found if cell[:2] == (backbone, method)])
         for backbone, method in pairs
     ]
-    return {"factors": list(FACTORS), "rows": rows, "runs": runs}
+    own = [{key: value for key, value in facts.items() if key not in shared} for facts in runs]
+    return {"factors": list(FACTORS), "shared": shared, "rows": rows, "runs": own}
+
+
+def slim(facts: dict[str, Any]) -> dict[str, Any]:
+    """Without what another field says too: the recipe's rate is the run's, pictures are known by their hash."""
+    if "failed" in facts:
+        return facts
+    recipe = {key: value for key, value in facts["recipe"].items() if key != "lr"}
+    return {**facts, "recipe": recipe, "data": {key: facts["data"][key] for key in ("hash", "sizes")}}
 
 
 def row(backbone: str, method: str, rates: list[dict[str, Any]]) -> dict[str, Any]:
