@@ -90,10 +90,9 @@ def train(cell: Cell, opt: argparse.Namespace) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         found = trained(cell, place, opt)
-    except svp.SvpError as err:
-        found = {"failed": str(err)}
     except Exception as err:
-        found = {"failed": f"{type(err).__name__}: {err}"}
+        text = str(err) if isinstance(err, svp.SvpError) else f"{type(err).__name__}: {err}"
+        found = {"failed": text.replace(str(opt.out), "OUT")}
     write(facts_file(place), {**cell._asdict(), **found})
 
 
@@ -196,7 +195,8 @@ def report(work: list[Cell], out: Path) -> dict[str, Any]:
     found = [(cell, cell.facts(out)) for cell in work]
     runs = [slim(facts) for _, facts in found if facts and "refused" not in facts]
     done = [facts for facts in runs if "failed" not in facts]
-    shared = {key: value for key, value in (done or [{}])[0].items() if all(key in r and r[key] == value for r in done)}
+    shared = {key: value for key, value in (done or [{}])[0].items() if all(r.get(key, ...) == value for r in done)}
+    shared = {key: value for key, value in shared.items() if key not in Cell._fields}
     pairs = list(dict.fromkeys((cell.backbone, cell.method) for cell in work))
     rows = [
         row(backbone, method, [facts or {} for cell, facts in found if cell[:2] == (backbone, method)])

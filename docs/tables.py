@@ -144,7 +144,7 @@ def methods_on(backbone: str, found: dict) -> str:
         for title, what in (("Refused", refused), ("Failed", failed), ("Not run yet", waiting))
         if what
     ]
-    return markdown(heads, lines) + "\n" + measured_on(backbone, found, rows, len(asked) - len(refused)) + "".join(tail)
+    return markdown(heads, lines) + "\n" + measured_on(backbone, found, len(asked) - len(refused)) + "".join(tail)
 
 
 def named(row: dict) -> str:
@@ -153,7 +153,7 @@ def named(row: dict) -> str:
     return f"`{row['method']}{':' + row['preset'] if row['preset'] else ''}`{label}"
 
 
-def measured_on(backbone: str, found: dict, rows: list[dict], methods: int) -> str:
+def measured_on(backbone: str, found: dict, methods: int) -> str:
     runs = [{**found["shared"], **run} for run in found["runs"] if run["backbone"] == backbone and "failed" not in run]
     wanted = methods * len(found["factors"])
     return (
