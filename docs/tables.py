@@ -154,12 +154,16 @@ def named(row: dict) -> str:
 
 
 def measured_on(backbone: str, found: dict, methods: int) -> str:
+    from svp.studies.table import binomial_interval
+
     runs = [{**found["shared"], **run} for run in found["runs"] if run["backbone"] == backbone and "failed" not in run]
     wanted = methods * len(found["factors"])
+    low, high = binomial_interval(max(run["test_accuracy"] for run in runs), runs[0]["data"]["sizes"]["test"])
     return (
         origin([{**runs[0], "epochs": runs[0]["recipe"]["epochs"]}])
         + f" {len(runs)} of {wanted} runs are done; images/s of training, in seconds of one core; memory of the whole process;"
-        + f" chance is {100 / runs[0]['classes']:.1f} %; svp at {(runs[0]['git'] or 'unknown')[:12]}; `benchmarks/methods_table.py`.\n"
+        + f" chance is {100 / runs[0]['classes']:.1f} %, the 95 % interval of the best accuracy ± {50 * (high - low):.1f} by the number"
+        + f" of test pictures alone; svp at {(runs[0]['git'] or 'unknown')[:12]}; `benchmarks/methods_table.py`.\n"
     )
 
 
