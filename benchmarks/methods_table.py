@@ -15,8 +15,10 @@ the work to the backbones and methods that it names.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -192,7 +194,7 @@ def said(facts: dict[str, Any]) -> str:
 
 def report(work: list[Cell], out: Path) -> dict[str, Any]:
     """What is done, as docs/tables.py reads it: a row for each backbone and method, what all runs share, and each run."""
-    found = [(cell, cell.facts(out)) for cell in work]
+    found = [(cell, with_epochs(cell.facts(out), cell.place(out))) for cell in work]
     runs = [slim(facts) for _, facts in found if facts and "refused" not in facts]
     done = [facts for facts in runs if "failed" not in facts]
     shared = {key: value for key, value in (done or [{}])[0].items() if all(r.get(key, ...) == value for r in done)}
@@ -204,6 +206,16 @@ def report(work: list[Cell], out: Path) -> dict[str, Any]:
     ]
     own = [{key: value for key, value in facts.items() if key not in shared} for facts in runs]
     return {"factors": list(FACTORS), "shared": shared, "rows": rows, "runs": own}
+
+
+def with_epochs(facts: dict[str, Any] | None, place: Path) -> dict[str, Any] | None:
+    """With the median seconds of an epoch, its validation included: a run that was stopped for a while took no longer."""
+    log = place / "metrics.jsonl"
+    if not facts or "val_accuracy" not in facts or not log.is_file():
+        return facts
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    ends = [0.0, *(line["timing"]["seconds"] for line in lines if "timing" in line)]
+    return {**facts, "epoch_seconds": statistics.median(b - a for a, b in itertools.pairwise(ends))}
 
 
 def slim(facts: dict[str, Any]) -> dict[str, Any]:
@@ -228,12 +240,11 @@ def row(backbone: str, method: str, rates: list[dict[str, Any]]) -> dict[str, An
     if not done:
         return head
     best = max(done, key=lambda facts: facts["val_accuracy"])
-    timing = best["timing"]
     return {
         **head, "label": best["label"], "preset": best["preset"], "factor": best["factor"], "lr": best["lr_used"],
         "test_accuracy": best["test_accuracy"], "val_accuracy": best["val_accuracy"], "trained": best["trainable"]["total"],
         "epochs": best["epochs"], "images_per_cpu_second": best["images_per_cpu_second"],
-        "memory_bytes": timing["peak_memory_bytes"], "seconds": timing["seconds"],
+        "memory_bytes": best["timing"]["peak_memory_bytes"], "epoch_seconds": best.get("epoch_seconds"),
     }  # fmt: skip
 
 

@@ -126,11 +126,11 @@ def methods_on(backbone: str, found: dict) -> str:
     rows = sorted((row for row in asked if "test_accuracy" in row), key=lambda row: -row["test_accuracy"])
     if not rows:
         return ""
-    heads = ("method", "test accuracy, %", "validation, %", "trained numbers", "images/s", "memory, MiB", "time, s",
+    heads = ("method", "test accuracy, %", "validation, %", "trained numbers", "images/s", "memory, MiB", "epoch, s",
              "epochs", "learning rate", "rates tried")  # fmt: skip
     lines = [
         (named(row), f"{100 * row['test_accuracy']:.1f}", f"{100 * row['val_accuracy']:.1f}", f"{row['trained']:,}",
-         f"{row['images_per_cpu_second']:.0f}", f"{row['memory_bytes'] / 2**20:,.0f}", f"{row['seconds']:,.0f}",
+         f"{row['images_per_cpu_second']:.0f}", f"{row['memory_bytes'] / 2**20:,.0f}", shown(row["epoch_seconds"], ",.0f"),
          str(row["epochs"]), f"{row['lr']:.2g}", f"{row['rates_done']} of {len(found['factors'])}")
         for row in rows
     ]  # fmt: skip
@@ -161,7 +161,8 @@ def measured_on(backbone: str, found: dict, methods: int) -> str:
     low, high = binomial_interval(max(run["test_accuracy"] for run in runs), runs[0]["data"]["sizes"]["test"])
     return (
         origin([{**runs[0], "epochs": runs[0]["recipe"]["epochs"]}])
-        + f" {len(runs)} of {wanted} runs are done; images/s of training, in seconds of one core; memory of the whole process;"
+        + f" {len(runs)} of {wanted} runs are done; images/s of forward and backward passes, in seconds of one core; memory of the whole process; an epoch with its validation,"
+        + " the median, beside other work on the machine;"
         + f" chance is {100 / runs[0]['classes']:.1f} %, the 95 % interval of the best accuracy ± {50 * (high - low):.1f} by the number"
         + f" of test pictures alone; svp at {(runs[0]['git'] or 'unknown')[:12]}; `benchmarks/methods_table.py`.\n"
     )

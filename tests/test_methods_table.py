@@ -70,6 +70,9 @@ def test_the_rate_is_chosen_on_validation_and_everything_is_said(table, tmp_path
     refused, broken = table.Cell("vit_nano", "sdt", 1.0), table.Cell("vit_nano", "vpt", 1.0)
     keep(table, tmp_path, (own, facts(own, 0.3, 0.2)), (high, facts(high, 0.2, 0.9)), (low, facts(low, 0.3, 0.4)),
          (refused, {"refused": "no scan"}), (broken, {**broken._asdict(), "failed": "the loss is nan\nhint: less"}))  # fmt: skip
+    own.place(tmp_path).mkdir()
+    epochs = ("{}", *(json.dumps({"epoch": k, "timing": {"seconds": s}}) for k, s in ((1, 5.0), (2, 10.0), (3, 900.0))))
+    (own.place(tmp_path) / "metrics.jsonl").write_text("\n".join(epochs) + "\n")
     work = [c for c in table.cells(("vit_nano",)) if c.method in ("svp", "sdt", "vpt", "linear")]
     found = table.report(work, tmp_path)
     best = next(row for row in found["rows"] if row["method"] == "svp")
