@@ -7,7 +7,7 @@
     <!-- table: NAME --> … <!-- /table -->
 
 NAME is `methods`, `backbones` or `published` (read from the source files), `places`, `ours` or `left-out` (asked of the methods
-themselves), `bench-PART` (from docs/results/bench.json, PARTS below), else docs/results/NAME.json. Numbers of runs stand in the
+themselves), `bench-PART` (from docs/results/bench.json, PARTS below), `methods-BACKBONE` (from docs/results/methods.json), else docs/results/NAME.json. Numbers of runs stand in the
 documents only through such files.
 """
 
@@ -67,12 +67,14 @@ def table(name: str) -> str:
     if name in SAID:
         return markdown(("method", name.replace("-", " ")), said(SAID[name]))
     kind, _, part = name.partition("-")
-    path = RESULTS / f"{kind if kind == 'bench' else name}.json"
+    path = RESULTS / f"{kind if kind in ('bench', 'methods') else name}.json"
     if not path.is_file():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))
     if kind == "bench":
         return PARTS[part](found)
+    if kind == "methods":
+        return methods_on(part, found)
     if "lora" in found:
         return lora_rows(found)
     return model_card(found) if "stages" in found else results(found)
@@ -115,6 +117,54 @@ def lora_rows(found: dict) -> str:
     return (
         markdown(("a LoRA by", *heads), rows)
         + f"\nRank {found['rank']}, one layer at a time; {versions}; `benchmarks/peft_compare.py`.\n"
+    )
+
+
+def methods_on(backbone: str, found: dict) -> str:
+    """What benchmarks/methods_table.py --report wrote of one backbone: the best first, below it what is not in the table."""
+    asked = [row for row in found["rows"] if row["backbone"] == backbone]
+    rows = sorted((row for row in asked if "test_accuracy" in row), key=lambda row: -row["test_accuracy"])
+    if not rows:
+        return ""
+    heads = ("method", "test accuracy, %", "validation, %", "trained numbers", "images/s", "memory, MiB", "epoch, s",
+             "epochs", "learning rate", "rates tried")  # fmt: skip
+    lines = [
+        (named(row), f"{100 * row['test_accuracy']:.1f}", f"{100 * row['val_accuracy']:.1f}", f"{row['trained']:,}",
+         f"{row['images_per_cpu_second']:.0f}", f"{row['memory_bytes'] / 2**20:,.0f}", shown(row["epoch_seconds"], ",.0f"),
+         str(row["epochs"]), f"{row['lr']:.2g}", f"{row['rates_done']} of {len(found['factors'])}")
+        for row in rows
+    ]  # fmt: skip
+    refused = [f"`{row['method']}` ({row['refused']})" for row in asked if "refused" in row]
+    failed = [f"`{row['method']}` at {rate} ({why})" for row in asked for rate, why in row.get("failed", {}).items()]
+    waiting = [
+        f"`{row['method']}`" for row in asked if "refused" not in row and not row["rates_done"] and not row["failed"]
+    ]
+    tail = [
+        f"{title}: {'; '.join(what)}.\n"
+        for title, what in (("Refused", refused), ("Failed", failed), ("Not run yet", waiting))
+        if what
+    ]
+    return markdown(heads, lines) + "\n" + measured_on(backbone, found, len(asked) - len(refused)) + "".join(tail)
+
+
+def named(row: dict) -> str:
+    """The method as `--method` takes it, and its label where it was carried over to this kind of network."""
+    label = f" ({row['label']})" if row["label"] != row["method"] else ""
+    return f"`{row['method']}{':' + row['preset'] if row['preset'] else ''}`{label}"
+
+
+def measured_on(backbone: str, found: dict, methods: int) -> str:
+    from svp.studies.table import binomial_interval
+
+    runs = [{**found["shared"], **run} for run in found["runs"] if run["backbone"] == backbone and "failed" not in run]
+    wanted = methods * len(found["factors"])
+    low, high = binomial_interval(max(run["test_accuracy"] for run in runs), runs[0]["data"]["sizes"]["test"])
+    return (
+        origin([{**runs[0], "epochs": runs[0]["recipe"]["epochs"]}])
+        + f" {len(runs)} of {wanted} runs are done; images/s of forward and backward passes, in seconds of one core; memory of the whole process; an epoch with its validation,"
+        + " the median, beside other work on the machine;"
+        + f" chance is {100 / runs[0]['classes']:.1f} %, the 95 % interval of the best accuracy ± {50 * (high - low):.1f} by the number"
+        + f" of test pictures alone; svp at {(runs[0]['git'] or 'unknown')[:12]}; `benchmarks/methods_table.py`.\n"
     )
 
 
