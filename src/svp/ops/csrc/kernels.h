@@ -6,7 +6,7 @@ namespace svp {
 
 constexpr int64_t T = 64;      // tokens between two stored states; python's cpu.py must agree
 constexpr int64_t PANEL = 64;  // channels that lie side by side in scratch and in stored states; cpu.py must agree
-constexpr int64_t PANELS = 4;  // of one task at most; fixed, so that sums do not depend on the number of threads
+constexpr int64_t PANELS = 3;  // of one task at most; fixed, so that sums do not depend on the number of threads
 
 // A tensor (b, l, …): its rows lie `b` and `l` floats apart, `g` the groups; the last axis is dense.
 struct Rows {

@@ -12,7 +12,7 @@ from svp.ops import native
 from svp.ops.native import Call, Rows, fields, threads
 from svp.ops.selective_scan.operator import Wanted, declare, is_recorded, same_groups
 
-CHUNK, PANEL, PANELS = 64, 64, 4  # kernels.h: T, PANEL, PANELS
+CHUNK, PANEL, PANELS = 64, 64, 3  # kernels.h: T, PANEL, PANELS
 
 
 def missing() -> str | None:
