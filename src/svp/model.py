@@ -119,7 +119,7 @@ class AdaptedModel(nn.Module):
     def labels(self) -> tuple[str, ...]:
         """The methods' names, or what they are called where they are adapted to this backbone."""
         site = self.backbone.site()
-        parts = list(self.method.parts.values()) if isinstance(self.method, Several) else [self.method]
+        parts: list[Any] = list(self.method.parts.values()) if isinstance(self.method, Several) else [self.method]
         return tuple(
             type(part).label(site, part.opt) or name for (name, _), part in zip(self.specs, parts, strict=True)
         )

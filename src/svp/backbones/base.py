@@ -28,6 +28,7 @@ class Backbone(nn.Module):
     family: ClassVar[str] = ""
     name: str
     img_size: tuple[int, int]
+    grid: tuple[int, int]
     num_features: int
     num_classes: int
     depth: int

@@ -125,8 +125,8 @@ def checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
             raise refuse(name, "none")
     for name, least in (("r", 1), ("lora_alpha", -math.inf), ("lora_dropout", 0)):
         value = config.get(name, 0 if name == "lora_dropout" else None)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < least:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < least:  # type: ignore[arg-type, operator]
             raise refuse(name, f"a number{'' if least < 0 else f' from {least}'}", "the file was changed by hand; save it again")  # fmt: skip
     if not isinstance(config.get("alpha_pattern") or {}, dict):
         raise refuse("alpha_pattern", "a table of numbers by layer", "the file was changed by hand; save it again")

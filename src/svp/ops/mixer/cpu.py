@@ -105,7 +105,7 @@ def _backward(dout, codes, states0, states1, xz, *rest):
     xz = xz if xz.stride(-1) == 1 else xz.contiguous()
     b, l, e = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     pair = Direction(*tensors[:COUNT]), Direction(*tensors[COUNT:])
-    wanted = Direction(*needs[:COUNT]), Direction(*needs[COUNT:])
+    wanted = [dict(zip(NAMES, half, strict=True)) for half in (needs[:COUNT], needs[COUNT:])]
     states = states0, states1
     dxz = xz.new_empty(xz.shape)
     grads = [Grads(w, asked) for w, asked in zip(pair, wanted, strict=True)]
@@ -137,9 +137,9 @@ def _backward(dout, codes, states0, states1, xz, *rest):
 class Grads:
     """The gradients of one direction's tensors that are asked for, summed over the groups of pictures in their order."""
 
-    def __init__(self, w: Direction, asked: Direction):
+    def __init__(self, w: Direction, asked: dict[str, bool]):
         self.w, self.asked = w, asked
-        self.of_scan = Wanted(asked.A, asked.D, asked.dt_bias, asked.h0, asked.offset, asked.bias)
+        self.of_scan = Wanted(*(asked[name] for name in ("A", "D", "dt_bias", "h0", "offset", "bias")))
         self.found: dict[str, Tensor] = {}
 
     def add(self, name: str, part: Tensor) -> None:
@@ -163,26 +163,26 @@ class Grads:
             self.each("h0", shares["dh0"], some)
 
     def products(self, u: Tensor, code: Tensor, ddelta: Tensor, dcode: Tensor) -> None:
-        if self.asked.x_proj:
+        if self.asked["x_proj"]:
             self.add("x_proj", dcode.flatten(0, 1).T @ u.flatten(0, 1))
-        if self.asked.x_proj_bias:
+        if self.asked["x_proj_bias"]:
             self.add("x_proj_bias", dcode.sum((0, 1)))
-        if self.asked.dt_proj:
+        if self.asked["dt_proj"]:
             self.add("dt_proj", ddelta.flatten(0, 1).T @ code[..., : self.w.dt_proj.shape[1]].flatten(0, 1))
 
     def convolution(self, parts: tuple[Tensor | None, Tensor | None], some: slice) -> None:
         dweight, dpast = parts
         if dweight is not None:
             total = dweight.sum(0)  # (taps + 1, e), the bias last
-            if self.asked.conv:
+            if self.asked["conv"]:
                 self.add("conv", total[:-1].T)
-            if self.asked.conv_bias:
+            if self.asked["conv_bias"]:
                 self.add("conv_bias", total[-1])
         if dpast is not None:
             self.each("past", dpast.transpose(1, 2), some)
 
     def list(self) -> list[Tensor]:
-        return [self.one(name, getattr(self.w, name), getattr(self.asked, name)) for name in NAMES]
+        return [self.one(name, getattr(self.w, name), self.asked[name]) for name in NAMES]
 
     def one(self, name: str, t: Tensor | None, asked: bool) -> Tensor:
         if t is None or not asked:
@@ -217,8 +217,8 @@ def convolve(x: Tensor, w: Direction, some: slice, k: int, u: Tensor, slope: Ten
 def convolve_backward(x, w, some, k, du, slope, dx, asked) -> tuple[Tensor | None, Tensor | None]:
     b, _, e = x.shape
     taps = w.conv.shape[1]
-    dweight = x.new_empty(b, taps + 1, e) if asked.conv or asked.conv_bias else None
-    dpast = x.new_zeros(b, taps - 1, e) if asked.past else None
+    dweight = x.new_empty(b, taps + 1, e) if asked["conv"] or asked["conv_bias"] else None
+    dpast = x.new_zeros(b, taps - 1, e) if asked["past"] else None
     call = conv_call(x, w.conv, w.conv_bias, _of(w.past, some), True, k == 1)
     call.args.accumulate = k == 1  # the first direction wrote its part
     call.put(dy=du, slope=slope, y=dx, dweight=dweight, dpast=dpast)

@@ -22,7 +22,7 @@ def one_way(x: Tensor, w, reverse: bool, kernel: str) -> Tensor:
     code = F.linear(u, w.x_proj, w.x_proj_bias)  # (b, l, r + 2n)
     r, n = w.dt_proj.shape[1], w.A.shape[1]
     delta = F.linear(code[..., :r], w.dt_proj)  # (b, l, e)
-    return selective_scan(
+    return selective_scan(  # type: ignore[return-value]
         u, delta, w.A, code[..., r : r + n], code[..., r + n :], w.D, delta_bias=w.dt_bias, delta_softplus=True,
         h0=w.h0, offset=w.offset, bias=w.bias, reverse=reverse, kernel=kernel,
     )  # fmt: skip

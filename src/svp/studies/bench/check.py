@@ -56,7 +56,7 @@ def prepared(step: Step) -> Step:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in step.trained.values():
-            p += 0.05 * torch.randn(p.shape, generator=generator).to(p)
+            p.add_(0.05 * torch.randn(p.shape, generator=generator).to(p))
     return step
 
 

@@ -48,7 +48,7 @@ def layers_of(net: Backbone, rows: int) -> list[Product]:
 
 def prompters_of(model: AdaptedModel, rows: int) -> list[Product]:
     """The products of SVP's generators, those of the cross path once for each block that uses them; () of other methods."""
-    method = model.method
+    method: Any = model.method
     if [name for name, _ in model.specs] != ["svp"]:
         return []
     found = []
@@ -78,7 +78,8 @@ def training(model: AdaptedModel, batch_size: int) -> list[Product]:
     net = model.backbone
     layers = layers_of(net, batch_size * tokens_of(net))
     prompts = prompters_of(model, batch_size * net.grid[0] * net.grid[1])
-    first = min(model.method.prompted) if prompts else 0
+    method: Any = model.method
+    first = min(method.prompted) if prompts else 0
     backward = [] if model.frozen_features else [p for p in layers if int(p.name.split(".")[1]) >= first]
     last_of_first = {p.name.split(" at ")[0] for p in prompts if p.name.endswith(f".up at {first}")}
     above = [p for p in prompts if not p.name.endswith(f" at {first}") or p.name.split(" at ")[0] in last_of_first]
