@@ -379,6 +379,26 @@ def test_a_hook_or_a_foreign_wrapper_acts(net, images, plain, layer):
     torch.testing.assert_close(net.features(images), plain)
 
 
+@pytest.mark.skipif(not native.available, reason=native.reason)
+@pytest.mark.parametrize("layer", ["in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj"])
+def test_a_hook_acts_where_the_mixer_is_one_op(net, images, plain, layer):
+    """In float32, on the compiled kernels: the block with the hook takes the path of single ops, to the same numbers."""
+    narrow = copy.deepcopy(net).float()
+    assert narrow.kernel == "auto"
+    hooks = [
+        getattr(n.layers[1].mixer, layer).register_forward_hook(lambda module, args, out: out * 1.5)
+        for n in (net, narrow)
+    ]
+    try:
+        want = net.features(images)
+        torch.testing.assert_close(narrow.features(images.float()).double(), want, rtol=1e-4, atol=1e-4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(narrow.features(images.float()).double(), plain, rtol=1e-4, atol=1e-4)
+    assert (want - plain).abs().max() > 1e-2
+
+
 def test_groups_do_not_cross_a_stage():
     from svp.seams import BlockSite, Site
 
