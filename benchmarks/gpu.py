@@ -91,7 +91,9 @@ def scans(device: str, dtype: torch.dtype, tokens: int, options: argparse.Namesp
     if not options.dry and importlib.util.find_spec("mamba_ssm"):
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-        turn = lambda t: t.mT.contiguous()  # noqa: E731
+        def turn(t: Tensor) -> Tensor:
+            return t.mT.contiguous()
+
         candidates["mamba_ssm"] = lambda u, delta, B, C: (
             selective_scan_fn(turn(u), turn(delta), A, turn(B), turn(C), D, delta_bias=bias, delta_softplus=True).mT
         )

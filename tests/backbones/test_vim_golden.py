@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from support import assert_close, cases, golden, precisions, starting
-from svp.backbones.base import rms_norm
 from svp.backbones.positions import resize_positions
 from svp.backbones.vim import Mixer, Vim, mixer_alone
+from svp.ops.add_norm.reference import rms_norm
 from svp.seams import Seams
 
 

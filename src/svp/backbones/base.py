@@ -278,12 +278,6 @@ def beside(y: Tensor, x: Tensor, extra: dict[str, Callable[[Tensor], Tensor]], n
     return y if term is None else y + term(x).to(y.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last axis, in float32 or wider, returned as dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (F.rms_norm(wide, wide.shape[-1:], None, eps) * weight.to(wide.dtype)).to(dtype)
-
-
 def drop_path(x: Tensor, rate: float) -> Tensor:
     """Stochastic depth: a picture's branch (b, …) is kept with probability 1 - rate and then divided by it."""
     if rate == 0.0:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair, rms_norm
+from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair
 from svp.backbones.checkpoints import recognise  # noqa: F401  one of the questions that every family answers
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, selective_scan
 from svp.ops.add_norm import Term, add_norm
+from svp.ops.add_norm.reference import rms_norm
 from svp.ops.mixer import Direction, mixer
 from svp.preprocessing import Preprocessing
 from svp.seams import BlockSite, Scan, Seams, Site, Tokens, Weights

@@ -23,8 +23,13 @@ def add_norm(
     x = with_terms(x, terms, skip)
     stream = x if residual is None else x + residual
     stream = stream if stream.dtype == torch.float64 else stream.float()
-    h = F.rms_norm(stream, stream.shape[-1:], None, eps) * weight.to(stream.dtype)
-    return h.to(weight.dtype), stream
+    return rms_norm(stream, weight, eps, weight.dtype), stream
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis, in float32 or wider, returned as dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (F.rms_norm(wide, wide.shape[-1:], None, eps) * weight.to(wide.dtype)).to(dtype)
 
 
 def with_terms(x: Tensor, terms: tuple, skip: tuple[int, ...]) -> Tensor:

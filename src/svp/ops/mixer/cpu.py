@@ -17,7 +17,8 @@ from svp.ops import native
 from svp.ops.causal_conv1d.cpu import conv_call
 from svp.ops.mixer import Direction
 from svp.ops.native import Call, Rows, fields, room, threads
-from svp.ops.selective_scan.cpu import Wanted, backward_shares, saved_shape, scan_call
+from svp.ops.selective_scan.cpu import backward_shares, saved_shape, scan_call
+from svp.ops.selective_scan.operator import Wanted, is_recorded
 
 NAMES = Direction._fields
 OPTIONAL = ("conv_bias", "x_proj_bias", "dt_bias", "D", "h0", "past", "offset", "bias")
@@ -42,8 +43,7 @@ def missing() -> str | None:
 def mixer(xz: Tensor, forward: Direction, backward: Direction, scale: float, kernel: str) -> Tensor:
     """As the reference, in float32 throughout."""
     inputs = [None if t is None else t.to(torch.float32) for t in (xz, *forward, *backward)]
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return torch.ops.svp.mixer_cpu(*inputs, scale, save)[0].to(xz.dtype)
+    return torch.ops.svp.mixer_cpu(*inputs, scale, is_recorded(*inputs))[0].to(xz.dtype)
 
 
 # -- the op ------------------------------------------------------------------------------------------------------------
