@@ -18,7 +18,7 @@ def test_every_row_is_checked_and_named():
         assert row.name == name
         assert build(Recipe, dataclasses.asdict(row.recipe), "the recipe") == row.recipe
         resolve(row.recipe, 1e-2)
-    assert {"default", "pretrain-nano", "pretrain-nano-finish"} <= set(recipes())
+    assert {"default", "pretrain-nano", "pretrain-tiny"} <= set(recipes())
     assert len(RELEASED) == 10
 
 

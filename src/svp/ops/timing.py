@@ -50,16 +50,15 @@ def interleaved(
     seldom: Collection[str] = (),
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Each function once to warm up, then one after another in every round.
+    """Each function once to warm up, whatever that takes, then one after another in every round.
 
     Rounds end after `repeats`, or when another one would not fit into `seconds`; there is always one. Those in
     `seldom` sit out in two of three rounds.
     """
     found = {name: Timing() for name in functions}
-    begin = time.perf_counter()
     for function in functions.values():
         function()
-    longest = time.perf_counter() - begin
+    begin, longest = time.perf_counter(), 0.0
     for round_ in range(repeats):
         start = time.perf_counter()
         if round_ and start - begin + longest > seconds:
