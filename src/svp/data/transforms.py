@@ -56,7 +56,11 @@ class EvalTransform:
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        return self.tensor(self.cropped(picture))
+        return self.normalised(self.drawn(picture))
+
+    def drawn(self, picture: Image.Image, generator: Any = chance) -> Tensor:
+        """All but the last step: (3, H, W), uint8."""
+        return self.pixels(self.cropped(picture))
 
     def cropped(self, picture: Image.Image) -> Image.Image:
         """The pixels that the network will see, (H, W), 8 bits."""
@@ -73,8 +77,16 @@ class EvalTransform:
         return picture.crop((left, top, left + w, top + h))
 
     def tensor(self, picture: Image.Image) -> Tensor:
-        values = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-        return values.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return self.normalised(self.pixels(picture))
+
+    def pixels(self, picture: Image.Image) -> Tensor:
+        """(3, H, W), uint8."""
+        return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(…, 3, H, W) uint8 -> float32, on its own device: the same bits for one picture and for a batch."""
+        mean, std = (t.to(pixels.device) for t in (self.mean, self.std))
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 class CropTransform(EvalTransform):
@@ -86,13 +98,13 @@ class CropTransform(EvalTransform):
         super().__init__(p)
         self.a, self.flip = a, flip
 
-    def __call__(self, picture: Image.Image, generator: Any = chance) -> Tensor:
+    def drawn(self, picture: Image.Image, generator: Any = chance) -> Tensor:
         h, w = self.p.crop
         box = random_box(picture.width, picture.height, self.a.scale, self.a.ratio, generator)
         picture = picture.resize((w, h), self.filter, box=box)
         if generator.random() < self.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.tensor(picture)
+        return self.pixels(picture)
 
 
 def random_box(
@@ -158,6 +170,7 @@ class Pictures(Dataset):
 
     Decoded pictures (for evaluation: cropped ones) are kept while all of the split fits `cache_bytes`; see `Kept`.
     random   whether the transform varies; None: as it says itself, else yes
+    in_bytes   give (3, H, W) in uint8, for the transform's `normalised` to finish whole batches of
     """
 
     def __init__(
@@ -167,7 +180,9 @@ class Pictures(Dataset):
         seed: int = 0,
         random: bool | None = None,
         cache_bytes: int = LIMIT_BYTES,
+        in_bytes: bool = False,
     ):
+        self.in_bytes = in_bytes
         self.split, self.transform, self.seed, self.epoch = split, transform, seed, 0
         self.random = getattr(transform, "is_random", True) if random is None else random
         self.crops = isinstance(transform, EvalTransform) and not transform.is_random
@@ -193,14 +208,19 @@ class Pictures(Dataset):
         return self.transform.cropped(picture) if self.crops else picture
 
     def _tensor(self, picture: Image.Image, i: int) -> Tensor:
-        if self.crops:
-            return self.transform.tensor(picture)
+        if isinstance(self.transform, EvalTransform):
+            pixels = self._pixels(picture, i)
+            return pixels if self.in_bytes else self.transform.normalised(pixels)
         if not self.random:
             return self.transform(picture)
-        if isinstance(self.transform, CropTransform):  # draws from what it is given: nothing global to put back
-            return self.transform(picture, chance.Random(_mixed(self.seed, self.epoch, i)))
         with seeded(self.seed, self.epoch, i):
             return self.transform(picture)
+
+    def _pixels(self, picture: Image.Image, i: int) -> Tensor:
+        if self.crops:  # it is cropped already
+            return self.transform.pixels(picture)
+        # draws from what it is given: nothing global to put back
+        return self.transform.drawn(picture, chance.Random(_mixed(self.seed, self.epoch, i)))
 
 
 class seeded:

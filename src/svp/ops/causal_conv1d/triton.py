@@ -5,9 +5,10 @@
 with dpre_t = dy_t silu'(pre_t):
   dx_s = sum_k w_k dpre_{s + (taps - 1) - k}, for s < 0 that of the past;   dw_k = sum_t dpre_t x_{t - (taps - 1) + k}
 
-A program is a tile of ROWS tokens and BLOCK channels of one picture. Each tap reads the shifted tile again, which the
-first one has brought near; the backward makes pre again for the tokens that look back on its tile. t counts in scan
-order, direction is the sign of a row's stride. Every program writes a share of the weight's gradient of its own.
+A program is one warp: it walks over SPAN tokens of one picture and BLOCK channels, the last taps - 1 tokens in registers,
+so that each number is read once. ROWS rows are asked for together. The backward makes pre again, and walks taps - 1 tokens
+further than it writes: those look back on its own. t counts in scan order, direction is the sign of a row's stride. Every
+program writes a share of the weight's gradient of its own.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from torch.library import impl
 from svp.ops import gpu
 from svp.ops.causal_conv1d.operator import declare
 
-ROWS, BLOCK = 8, 64  # tokens and channels of a program
-WARPS = 4  # four numbers of a tile to a thread: the backward keeps several tiles
+SPAN, ROWS, BLOCK = 32, 4, 128  # tokens of a program, rows asked for together, channels
 HALF = (torch.float32, torch.bfloat16, torch.float16)  # are read as they are
 
 
@@ -42,35 +42,33 @@ LIB = declare("conv_triton")
 
 
 def forward(x, weight, bias, past, silu, reverse):
-    b, l, e = x.shape
-    y = x.new_empty(b, l, e)
-    grid, numbers = _tiles(y, l)
+    y = x.new_empty(x.shape)
+    grid, numbers = _spans(y)
     if grid[0]:
-        (x, *x_steps), (out, *y_steps) = _from_the_start(x, reverse), _from_the_start(y, reverse)
+        wide, ends = _from_the_start((x, y), reverse)
         with torch.cuda.device_of(y):
             _forward[grid](
-                x, *_tables(weight, bias, past), out, *x_steps, *y_steps, _per_picture(past), *numbers,
-                TAPS=weight.shape[1], ROWS=ROWS, BLOCK=BLOCK, SILU=silu, num_warps=WARPS,
+                *(t for t, *_ in ends), *_tables(weight, bias, past), *(number for _, *two in ends for number in two),
+                _per_picture(past), *numbers,
+                TAPS=weight.shape[1], SPAN=SPAN, ROWS=ROWS, BLOCK=BLOCK, WIDE=wide, SILU=silu, num_warps=1,
             )  # fmt: skip
     return y
 
 
 def backward(dy, x, weight, bias, past, silu, reverse, needs):
-    b, l, e = x.shape
+    b, _, e = x.shape
     taps = weight.shape[1]
-    dx = x.new_empty(b, l, e)
-    before = taps - 1 if needs[1] else 0  # tokens of the past whose gradient is asked for
-    dpast = weight.new_empty(b, e, taps - 1) if needs[1] else None
-    grid, numbers = _tiles(dx, before + l)
-    tiles = triton.cdiv(before + l, ROWS)
-    dweight = weight.new_empty(tiles, b, taps + 1, e) if needs[0] else None  # each tile's share, the bias last
+    dx = x.new_empty(x.shape)
+    dpast = weight.new_zeros(b, e, taps - 1) if needs[1] else None
+    grid, numbers = _spans(dx)
+    dweight = weight.new_empty(numbers[2], b, taps + 1, e) if needs[0] else None  # each span's share, the bias last
     if grid[0]:
-        (dy, *dy_steps), (x, *x_steps) = (_from_the_start(t, reverse) for t in (dy, x))
-        out, *steps = _from_the_start(dx, reverse)
+        wide, ends = _from_the_start((dy, x, dx), reverse)
         with torch.cuda.device_of(dx):
             _backward[grid](
-                dy, x, *_tables(weight, bias, past), out, dweight, dpast, *dy_steps, *x_steps, *steps,
-                _per_picture(past), *numbers, before, b, TAPS=taps, ROWS=ROWS, BLOCK=BLOCK, SILU=silu, num_warps=WARPS,
+                *(t for t, *_ in ends), *_tables(weight, bias, past), dweight, dpast,
+                *(number for _, *two in ends for number in two), _per_picture(past), *numbers, b,
+                TAPS=taps, SPAN=SPAN, ROWS=ROWS, BLOCK=BLOCK, WIDE=wide, SILU=silu, num_warps=1,
             )  # fmt: skip
     return (
         dx, weight.new_empty(0) if dweight is None else dweight.sum((0, 1)), weight.new_empty(0) if dpast is None else dpast
@@ -82,117 +80,179 @@ for _device in ("CUDA", "CPU") if gpu.interpreted() else ("CUDA",):
     impl(LIB, "conv_triton_backward", _device)(backward)
 
 
-def _tiles(y: Tensor, tokens: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
-    """The grid of programs, and what a program needs to find its tile: l, e, tiles of tokens, blocks of channels."""
+def _spans(y: Tensor) -> tuple[tuple[int], tuple[int, int, int, int]]:
+    """The grid of programs, and what a program needs to find its place: l, e, spans of tokens, blocks of channels."""
     b, l, e = y.shape
-    tiles, blocks = triton.cdiv(tokens, ROWS), triton.cdiv(e, BLOCK)
-    return (b * tiles * blocks,), (l, e, tiles, blocks)
+    spans, blocks = triton.cdiv(l, SPAN), triton.cdiv(e, BLOCK)
+    return (b * spans * blocks,), (l, e, spans, blocks)
 
 
-def _tables(*tables: Tensor | None) -> list[Tensor | None]:
-    """Dense, and None where there is nothing to read."""
-    return [None if t is None or t.numel() == 0 else t.contiguous() for t in tables]
+def _tables(weight: Tensor, bias: Tensor | None, past: Tensor | None) -> list[Tensor | None]:
+    """Channels side by side, and None where there is nothing to read: (taps, e), (e,), (1|b, taps - 1, e)."""
+    past = None if past is None or past.numel() == 0 else past.mT.contiguous()
+    return [weight.T.contiguous(), None if bias is None else bias.contiguous(), past]
 
 
 def _per_picture(past: Tensor | None) -> int:
     return 0 if past is None or len(past) == 1 else past.shape[1] * past.shape[2]
 
 
-def _from_the_start(t: Tensor, reverse: bool) -> tuple[Tensor, int, int]:
-    """(b, l, e) -> a view that begins where the convolution does, its strides from picture to picture, step to step."""
-    t = t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
-    return (t[:, -1:], t.stride(0), -t.stride(1)) if reverse else (t, t.stride(0), t.stride(1))
+def _from_the_start(tensors: tuple[Tensor, ...], reverse: bool) -> tuple[int, list[tuple[Tensor, int, int]]]:
+    """Views that begin where the convolution does, with their strides from picture to picture and step to step.
+
+    Strides are in units of as many entries as divide all of them and can be loaded by one instruction (16 bytes), which
+    so stays known to the compiler; the number comes first.
+    """
+    tensors = tuple(t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in tensors)
+    wide = 16 // min(t.element_size() for t in tensors)
+    if any(t.data_ptr() % 16 or t.stride(0) % wide or t.stride(1) % wide for t in tensors):
+        wide = 1
+    ends = [(t[:, -1:], -t.stride(1)) if reverse else (t, t.stride(1)) for t in tensors]
+    return wide, [(t, t.stride(0) // wide, step // wide) for t, step in ends]
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 # numbers that change from call to call: each value would compile a kernel of its own
-NUMBERS = ("dy_b", "dy_l", "x_b", "x_l", "y_b", "y_l", "past_b", "length", "e", "tiles", "blocks", "before", "batch")
+NUMBERS = ("dy_b", "dy_l", "x_b", "x_l", "y_b", "y_l", "past_b", "length", "e", "spans", "blocks", "batch")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _forward(
-    x, weight, bias, past, y, x_b, x_l, y_b, y_l, past_b, length, e, tiles, blocks,
-    TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr,
+    x, y, weight, bias, past, x_b, x_l, y_b, y_l, past_b, length, e, spans, blocks,
+    TAPS: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
-    picture, tile, channel = _place(tiles, blocks, BLOCK)
+    picture, span, channel = _place(spans, blocks, BLOCK)
     inside = channel < e
-    t = tile * ROWS + tl.arange(0, ROWS)
-    x += picture * x_b
+    first = span * SPAN
+    x += picture * x_b * WIDE + channel
+    y += picture * y_b * WIDE + channel
+    x_l, y_l = x_l.to(tl.int64) * WIDE, y_l.to(tl.int64) * WIDE
     if past is not None:
         past += picture * past_b
-    pre = _before_activation(x, weight, bias, past, t, x_l, channel, inside, length, TAPS, ROWS, BLOCK)
-    if SILU:
-        pre *= tl.sigmoid(pre)
-    at = t[:, None] * y_l.to(tl.int64) + channel[None, :]
-    tl.store(y + picture * y_b + at, pre, mask=(t < length)[:, None] & inside[None, :])
+    shift, taps = _constants(weight, bias, channel, inside, e, TAPS, BLOCK)
+    seen = _before(x, past, first, x_l, channel, inside, e, TAPS)
+    for start in range(first, tl.minimum(first + SPAN, length), ROWS):
+        rows = _rows(x, start, x_l, inside, length, ROWS)
+        for r in tl.static_range(ROWS):
+            pre, seen = _walked(seen, rows[r].to(tl.float32), shift, taps, TAPS)
+            if SILU:
+                pre *= tl.sigmoid(pre)
+            tl.store(y + (start + r) * y_l, pre, mask=inside & (start + r < length))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward(
-    dy, x, weight, bias, past, dx, dweight, dpast, dy_b, dy_l, x_b, x_l, y_b, y_l, past_b, length, e, tiles, blocks,
-    before, batch, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr,
+    dy, x, dx, weight, bias, past, dweight, dpast, dy_b, dy_l, x_b, x_l, y_b, y_l, past_b, length, e, spans, blocks, batch,
+    TAPS: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
-    picture, tile, channel = _place(tiles, blocks, BLOCK)
+    picture, span, channel = _place(spans, blocks, BLOCK)
     inside = channel < e
-    t = tile * ROWS + tl.arange(0, ROWS) - before
-    x += picture * x_b
-    dy += picture * dy_b
+    first, end = span * SPAN, tl.minimum(span * SPAN + SPAN, length)
+    dy += picture * dy_b * WIDE + channel
+    x += picture * x_b * WIDE + channel
+    dx += picture * y_b * WIDE + channel
+    dy_l, x_l, y_l = dy_l.to(tl.int64) * WIDE, x_l.to(tl.int64) * WIDE, y_l.to(tl.int64) * WIDE
     if past is not None:
         past += picture * past_b
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for k in tl.static_range(TAPS):  # the last of them is the tile itself
-        later = t + (TAPS - 1 - k)
-        is_token = ((later >= 0) & (later < length))[:, None] & inside[None, :]
-        at = later[:, None] * dy_l.to(tl.int64) + channel[None, :]
-        dpre = tl.load(dy + at, mask=is_token, other=0.0).to(tl.float32)
-        if SILU:
-            pre = _before_activation(x, weight, bias, past, later, x_l, channel, inside, length, TAPS, ROWS, BLOCK)
-            open_ = tl.sigmoid(pre)
-            dpre *= open_ * (1.0 + pre * (1.0 - open_))
-        total += dpre * tl.load(weight + channel * TAPS + k, mask=inside, other=0.0)[None, :]
-        if dweight is not None:
-            if k == TAPS - 1:
-                share = dweight + (tile * batch + picture) * (TAPS + 1) * e + channel
-                for j in tl.static_range(TAPS):
-                    seen = _seen(x, past, t - (TAPS - 1) + j, x_l, channel, inside, length, TAPS)
-                    tl.store(share + j * e, tl.sum(dpre * seen, 0), mask=inside)
-                tl.store(share + TAPS * e, tl.sum(dpre, 0), mask=inside)
-    at = t[:, None] * y_l.to(tl.int64) + channel[None, :]
-    tl.store(dx + picture * y_b + at, total, mask=((t >= 0) & (t < length))[:, None] & inside[None, :])
-    if dpast is not None:
-        at = (picture * e + channel)[None, :] * (TAPS - 1) + (t + TAPS - 1)[:, None]
-        tl.store(dpast + at, total, mask=(t < 0)[:, None] & inside[None, :])
+    shift, taps = _constants(weight, bias, channel, inside, e, TAPS, BLOCK)
+    seen = _before(x, past, first, x_l, channel, inside, e, TAPS)
+    dpres, dtaps = (), ()  # of the last taps - 1 tokens; sums
+    for _ in tl.static_range(TAPS - 1):
+        dpres = dpres + (tl.zeros((BLOCK,), tl.float32),)
+    for _ in tl.static_range(TAPS):
+        dtaps = dtaps + (tl.zeros((BLOCK,), tl.float32),)
+    dshift = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, end + TAPS - 1, ROWS):
+        rows, above = _rows(x, start, x_l, inside, length, ROWS), _rows(dy, start, dy_l, inside, length, ROWS)
+        for r in tl.static_range(ROWS):
+            t = start + r
+            row, before = rows[r].to(tl.float32), seen
+            pre, seen = _walked(seen, row, shift, taps, TAPS)
+            dpre = above[r].to(tl.float32)
+            if SILU:
+                open_ = tl.sigmoid(pre)
+                dpre *= open_ * (1.0 + pre * (1.0 - open_))
+            if dweight is not None:
+                ours = tl.where(t < end, dpre, 0.0)
+                sums = ()
+                for k in tl.static_range(TAPS - 1):
+                    sums = sums + (dtaps[k] + ours * before[k],)
+                dtaps = sums + (dtaps[TAPS - 1] + ours * row,)
+                dshift += ours
+            total = taps[0] * dpre  # of the token taps - 1 steps back
+            for k in tl.static_range(1, TAPS):
+                total += taps[k] * dpres[TAPS - 1 - k]
+            at = t - (TAPS - 1)
+            tl.store(dx + at * y_l, total, mask=inside & (at >= first) & (at < end))
+            if dpast is not None:
+                mask = inside & (at < 0)
+                tl.store(dpast + (picture * e + channel) * (TAPS - 1) + at + TAPS - 1, total, mask=mask)
+            new = ()
+            for k in tl.static_range(1, TAPS - 1):
+                new = new + (dpres[k],)
+            if TAPS > 1:
+                new = new + (dpre,)
+            dpres = new
+    if dweight is not None:
+        share = dweight + (span * batch + picture) * (TAPS + 1) * e + channel
+        for k in tl.static_range(TAPS):
+            tl.store(share + k * e, dtaps[k], mask=inside)
+        tl.store(share + TAPS * e, dshift, mask=inside)
 
 
 @triton.jit
-def _place(tiles, blocks, BLOCK: tl.constexpr):
-    """Picture (64 bits: it is multiplied by strides), tile of tokens and the channels of a program."""
+def _place(spans, blocks, BLOCK: tl.constexpr):
+    """Picture (64 bits: it is multiplied by strides), span of tokens and the channels of a program."""
     task = tl.program_id(0)
-    picture = (task // (tiles * blocks)).to(tl.int64)
-    return picture, task // blocks % tiles, task % blocks * BLOCK + tl.arange(0, BLOCK)
+    picture = (task // (spans * blocks)).to(tl.int64)
+    return picture, task // blocks % spans, task % blocks * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _before_activation(
-    x, weight, bias, past, t, x_l, channel, inside, length, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    if bias is not None:
-        pre = tl.load(bias + channel, mask=inside, other=0.0)[None, :] + tl.zeros((ROWS, BLOCK), tl.float32)
-    else:
-        pre = tl.zeros((ROWS, BLOCK), tl.float32)
+def _constants(weight, bias, channel, inside, e, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The bias and each tap of the channels."""
+    taps = ()
     for k in tl.static_range(TAPS):
-        w = tl.load(weight + channel * TAPS + k, mask=inside, other=0.0)
-        pre += w[None, :] * _seen(x, past, t - (TAPS - 1) + k, x_l, channel, inside, length, TAPS)
-    return pre
+        taps = taps + (tl.load(weight + k * e + channel, mask=inside, other=0.0),)
+    if bias is not None:
+        return tl.load(bias + channel, mask=inside, other=0.0), taps
+    else:
+        return tl.zeros((BLOCK,), tl.float32), taps
 
 
 @triton.jit
-def _seen(x, past, t, x_l, channel, inside, length, TAPS: tl.constexpr):
-    """The inputs at t: tokens, before them the past."""
-    is_token = ((t >= 0) & (t < length))[:, None] & inside[None, :]
-    seen = tl.load(x + t[:, None] * x_l.to(tl.int64) + channel[None, :], mask=is_token, other=0.0).to(tl.float32)
-    if past is not None:
-        is_past = ((t < 0) & (t >= 1 - TAPS))[:, None] & inside[None, :]
-        seen += tl.load(past + channel[None, :] * (TAPS - 1) + (t + TAPS - 1)[:, None], mask=is_past, other=0.0)
+def _before(x, past, first, x_l, channel, inside, e, TAPS: tl.constexpr):
+    """The taps - 1 inputs before a span: tokens, before the first token the past."""
+    seen = ()
+    for k in tl.static_range(TAPS - 1):
+        t = first - (TAPS - 1) + k
+        row = tl.load(x + t * x_l, mask=inside & (t >= 0), other=0.0).to(tl.float32)
+        if past is not None:
+            row += tl.load(past + (t + TAPS - 1) * e + channel, mask=inside & (t < 0), other=0.0)
+        seen = seen + (row,)
     return seen
+
+
+@triton.jit
+def _rows(x, start, x_l, inside, length, ROWS: tl.constexpr):
+    rows = ()
+    for r in tl.static_range(ROWS):
+        rows = rows + (tl.load(x + (start + r) * x_l, mask=inside & (start + r < length), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _walked(seen, row, shift, taps, TAPS: tl.constexpr):
+    """The sum at a token, and the inputs that the next one looks back on."""
+    pre = shift + taps[TAPS - 1] * row
+    new = ()
+    for k in tl.static_range(TAPS - 1):
+        pre += taps[k] * seen[k]
+        if k > 0:
+            new = new + (seen[k],)
+    if TAPS > 1:
+        new = new + (row,)
+    return pre, new

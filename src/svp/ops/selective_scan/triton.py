@@ -13,11 +13,12 @@ A program is one picture and BLOCK = 32 channels: one warp, each thread its chan
 states costs no communication and a row of a token is one memory transaction. No program waits for another and none adds to
 another's memory: two runs give the same bits.
 
-Forward: all states of a token at once, (N, BLOCK). The rows of ROWS tokens are asked for together, before the recurrence
-needs the first. The state before every CHUNK tokens is kept.
+A GPU hides the latency of memory behind other warps, of which too few fit beside so many registers: so what the next round
+reads is asked for before this one is computed.
+Forward: all states of a token at once, (N, BLOCK). The state before every T tokens is kept.
 Backward: state by state, T tokens at once, all unrolled, so that exp(delta_t A) and h_{t-1} of T tokens stay in registers
-between the walk forward and the walk back. Where T < CHUNK, the states before each T tokens are first made again from the
-kept one, into scratch. The walk back's g of each state waits in global memory (its end is dh0), as do dA and doffset.
+between the walk forward and the walk back. The walk back's g of each state waits in global memory (its end is dh0), as do
+dA and doffset.
 
 t counts in scan order. Direction is the sign of a row's stride; B, C of the backward are laid out with T neighbours in
 time side by side, there it decides from which end they are read.
@@ -34,12 +35,11 @@ from torch.library import impl
 from svp.ops import gpu
 from svp.ops.selective_scan.operator import Wanted, declare, is_recorded, same_groups
 
-T, CHUNK = 8, 16  # tokens that the backward unrolls; tokens between kept states, a multiple of T and of ROWS
-ROWS = 2  # tokens whose rows the forward asks for at once
+T = 8  # tokens that the backward unrolls, and between kept states
 BLOCK = 32  # channels of a program: the lanes of a warp, which `_sums` relies on
 # Registers of a thread at most, for as many warps at once as fit without spilling (tests/ops/test_triton.py looks): 16 of
 # the forward on a multiprocessor, 9 of the backward; 8 of either with more to keep.
-FORWARD, BACKWARD, MOST = 128, 224, 255
+FORWARD, BACKWARD, MOST = 112, 128, 255
 HALF = (torch.float32, torch.bfloat16, torch.float16)  # are read as they are
 
 
@@ -67,9 +67,9 @@ def scan(
 
 
 def saved_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
-    """(b, chunks, n, e): the state before each CHUNK tokens in scan order."""
+    """(b, pieces, n, e): the state before each T tokens in scan order."""
     b, l, e = u.shape
-    return b, triton.cdiv(l, CHUNK), A.shape[1], e
+    return b, triton.cdiv(l, T), A.shape[1], e
 
 
 LIB = declare("scan_triton", saved_shape)
@@ -94,7 +94,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, rev
             rows[0], rows[1], A.contiguous(), B, C, *map(_dense, (D, delta_bias, h0, offset, bias)), rows[2], rows[3],
             last, states if save else None, *strides, *_steps(B, reverse, wide[0]), *_steps(C, reverse, wide[1]),
             0 if h0 is None or len(h0) == 1 else e * n, l, groups, e // groups, blocks, n, 1,
-            n=n, N=triton.next_power_of_2(n), BLOCK=BLOCK, ROWS=ROWS, CHUNK=CHUNK, B_WIDE=wide[0], C_WIDE=wide[1],
+            n=n, N=triton.next_power_of_2(n), BLOCK=BLOCK, T=T, B_WIDE=wide[0], C_WIDE=wide[1],
             SOFTPLUS=softplus, num_warps=max(1, triton.next_power_of_2(n) // 64),
             maxnreg=FORWARD if z is None and offset is None and n <= 16 else MOST,
         )  # fmt: skip
@@ -117,15 +117,14 @@ def backward(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset,
         A.new_zeros(b, e) if asked else None for asked in (wanted.D, wanted.delta_bias, wanted.bias)
     )
     if du.numel() > 0:
-        scratch = A.new_empty(b, CHUNK // T - 1, n, e)
         ends = [_from_the_start(t, reverse) for t in (dy, u, delta, z, du, ddelta, dz)]
         rows, strides = [t for t, *_ in ends], [number for _, *two in ends[:5] for number in two]
         with torch.cuda.device_of(u):
             _backward[(b * groups * blocks,)](
                 *rows[:4], states, A.T.contiguous(), _by_state(B, padded, reverse), _by_state(C, padded, reverse),
                 *map(_dense, (D, delta_bias, None if offset is None else offset.T, bias)), *rows[4:], dB, dC, dA, dD,
-                ddelta_bias, dh, doffset, dbias, scratch, *strides, l, b, groups, e // groups, blocks,
-                n=n, T=T, CHUNK=CHUNK, BLOCK=BLOCK, SOFTPLUS=softplus, DIRECTION=-1 if reverse else 1,
+                ddelta_bias, dh, doffset, dbias, *strides, l, b, groups, e // groups, blocks,
+                n=n, T=T, BLOCK=BLOCK, SOFTPLUS=softplus, DIRECTION=-1 if reverse else 1,
                 num_warps=1, maxnreg=BACKWARD if z is None else MOST,
             )  # fmt: skip
     else:
@@ -199,7 +198,7 @@ def _forward(
     u, delta, A, B, C, D, delta_bias, h0, offset, bias, z, y, last, states,
     u_b, u_l, delta_b, delta_l, z_b, z_l, y_b, y_l, B_b, B_l, B_g, C_b, C_l, C_g, h0_b,
     length, groups, size, blocks, per_channel, per_state,
-    n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     B_WIDE: tl.constexpr, C_WIDE: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     picture, group, block = _place(groups, blocks)
@@ -219,7 +218,7 @@ def _forward(
     if z is not None:
         z += picture * z_b
     if states is not None:
-        states += picture * tl.cdiv(length, CHUNK) * n * e
+        states += picture * tl.cdiv(length, T) * n * e
         kept = state[:, None] * e + channel[None, :] * per_state  # of (n, e)
 
     A2 = _rate(tl.load(A + table, mask=both, other=0.0))
@@ -233,42 +232,57 @@ def _forward(
     step = _constants(delta_bias, channel, inside, BLOCK)
     shift = _constants(bias, channel, inside, BLOCK)
 
-    for start in range(0, length, ROWS):
+    u += channel
+    delta += channel
+    y += channel
+    B += state
+    C += state
+    if z is not None:
+        z += channel
+    known = state < n
+    # a token's row is asked for while the token before it is computed; B and C are needed only after the exponentials
+    next_u = tl.load(u, mask=inside & (length > 0), other=0.0)
+    next_d = tl.load(delta, mask=inside & (length > 0), other=0.0)
+    if z is not None:
+        next_z = tl.load(z, mask=inside & (length > 0), other=0.0)
+    for t in range(length):
         if states is not None:
-            if start % CHUNK == 0:
-                tl.store(states + (start // CHUNK) * n * e.to(tl.int64) + kept, h, mask=both)
-        us, ds, zs, ys = (), (), (), ()
-        for t in tl.static_range(ROWS):
-            here = inside & (start + t < length)
-            us = us + (tl.load(u + (start + t) * u_l + channel, mask=here, other=0.0).to(tl.float32),)
-            ds = ds + (tl.load(delta + (start + t) * delta_l + channel, mask=here, other=0.0).to(tl.float32),)
-            if z is not None:
-                zs = zs + (tl.load(z + (start + t) * z_l + channel, mask=here, other=0.0).to(tl.float32),)
-        for t in tl.static_range(ROWS):
-            is_token = start + t < length
-            d = _step(ds[t], step, is_token, SOFTPLUS)
-            known = is_token & (state < n)
-            b = tl.load(B + (start + t) * B_l + state, mask=known, other=0.0).to(tl.float32)
-            c = tl.load(C + (start + t) * C_l + state, mask=known, other=0.0).to(tl.float32)
-            h = tl.exp2(d[None, :] * A2) * h + (d * us[t])[None, :] * b[:, None]
-            read = h
-            if offset is not None:
-                read = h + off
-            out = tl.sum(read * c[:, None], 0) + skip * us[t] + shift
-            if z is not None:
-                out *= zs[t] * tl.sigmoid(zs[t])
-            ys = ys + (out,)
-        for t in tl.static_range(ROWS):
-            tl.store(y + (start + t) * y_l + channel, ys[t], mask=inside & (start + t < length))
+            if t % T == 0:
+                tl.store(states + kept, h, mask=both)
+                states += n * e
+        b = tl.load(B, mask=known, other=0.0).to(tl.float32)
+        c = tl.load(C, mask=known, other=0.0).to(tl.float32)
+        x, raw = next_u.to(tl.float32), next_d.to(tl.float32)
+        is_more = t + 1 < length
+        u += u_l
+        delta += delta_l
+        B += B_l
+        C += C_l
+        next_u = tl.load(u, mask=inside & is_more, other=0.0)
+        next_d = tl.load(delta, mask=inside & is_more, other=0.0)
+        if z is not None:
+            gate = next_z.to(tl.float32)
+            z += z_l
+            next_z = tl.load(z, mask=inside & is_more, other=0.0)
+        d = _step(raw, step, SOFTPLUS)
+        h = tl.exp2(d[None, :] * A2) * h + (d * x)[None, :] * b[:, None]
+        read = h
+        if offset is not None:
+            read = h + off
+        out = tl.sum(read * c[:, None], 0) + skip * x + shift
+        if z is not None:
+            out *= gate * tl.sigmoid(gate)
+        tl.store(y, out, mask=inside)
+        y += y_l
     tl.store(last + picture * n * e + table, h, mask=both)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward(
     dy, u, delta, z, states, A, B, C, D, delta_bias, offset, bias,
-    du, ddelta, dz, dB, dC, dA, dD, ddelta_bias, dh, doffset, dbias, scratch,
+    du, ddelta, dz, dB, dC, dA, dD, ddelta_bias, dh, doffset, dbias,
     dy_b, dy_l, u_b, u_l, delta_b, delta_l, z_b, z_l, y_b, y_l, length, batch, groups, size, blocks,
-    n: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    n: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):  # fmt: skip
     picture, group, block = _place(groups, blocks)
@@ -290,8 +304,7 @@ def _backward(
     share = ((block.to(tl.int64) * batch + picture) * groups + group) * n * padded
     dB += share
     dC += share
-    states += picture * tl.cdiv(length, CHUNK) * n * e + channel
-    scratch += picture * (CHUNK // T - 1) * n * e + channel
+    states += picture * (padded // T) * n * e + channel
     table = picture * n * e + channel  # of (b, n, e)
     dh += table
     if dA is not None:
@@ -308,82 +321,76 @@ def _backward(
 
     for back in range(padded // T):
         start = padded - T - back * T  # of the T tokens now walked back
-        chunk = start // CHUNK
-        here_in = (start - chunk * CHUNK) // T  # how many T lie between the kept state and them
-        if T < CHUNK:
-            if start + T >= tl.minimum((chunk + 1) * CHUNK, padded):  # the first visit to this chunk
-                for piece in range(here_in):
-                    at = chunk * CHUNK + piece * T
-                    ds, xs = _steps_and_inputs(delta, u, at, delta_l, u_l, step, channel, inside, length, T, SOFTPLUS)
-                    for s in range(n):
-                        A2 = _rate(tl.load(A + s * e + channel, mask=inside, other=0.0))
-                        if piece == 0:
-                            h = tl.load(states + (chunk.to(tl.int64) * n + s) * e, mask=inside, other=0.0)
-                        else:
-                            h = tl.load(scratch + ((piece - 1) * n + s) * e, mask=inside, other=0.0)
-                        Bs = B + s * padded + (at if DIRECTION > 0 else padded - 1 - at)
-                        for t in tl.static_range(T):
-                            h = tl.exp2(ds[t] * A2) * h + xs[t] * tl.load(Bs + t * DIRECTION)
-                        tl.store(scratch + (piece * n + s) * e, h, mask=inside)
-                tl.debug_barrier()
-
-        ds, xs = _steps_and_inputs(delta, u, start, delta_l, u_l, step, channel, inside, length, T, SOFTPLUS)
-        dys, ys = (), ()
+        raw, us, dys, gates = (), (), (), ()
         for t in tl.static_range(T):
             here = inside & (start + t < length)
-            out = tl.load(dy + (start + t) * dy_l + channel, mask=here, other=0.0).to(tl.float32)
+            raw = raw + (tl.load(delta + (start + t) * delta_l + channel, mask=here, other=0.0),)
+            us = us + (tl.load(u + (start + t) * u_l + channel, mask=here, other=0.0),)
+            dys = dys + (tl.load(dy + (start + t) * dy_l + channel, mask=here, other=0.0),)
             if z is not None:
-                gate = tl.load(z + (start + t) * z_l + channel, mask=here, other=0.0).to(tl.float32)
-                out *= gate * tl.sigmoid(gate)
-                x = tl.load(u + (start + t) * u_l + channel, mask=here, other=0.0).to(tl.float32)
-                ys = ys + (skip * x + shift,)
-            dys = dys + (out,)
-        dxs, dds = _zeros(T, BLOCK), _zeros(T, BLOCK)
+                gates = gates + (tl.load(z + (start + t) * z_l + channel, mask=here, other=0.0),)
         first = start if DIRECTION > 0 else padded - 1 - start
-        for s in range(n):
-            Bs, Cs = B + s * padded + first, C + s * padded + first
-            A2 = _rate(tl.load(A + s * e + channel, mask=inside, other=0.0))
-            g = tl.load(dh + s * e, mask=inside, other=0.0)
-            if here_in == 0:
-                h = tl.load(states + (chunk.to(tl.int64) * n + s) * e, mask=inside, other=0.0)
+        Bs, Cs, hs = B + first, C + first, states + (start // T).to(tl.int64) * n * e
+        # what a state needs is asked for while the one before it is computed
+        next_A, next_g, next_h = _of_a_state(A, dh, hs, channel, inside)
+        next_B, next_C = _row(Bs, T, DIRECTION), _row(Cs, T, DIRECTION)
+        ds, xs, out, ys = (), (), (), ()
+        for t in tl.static_range(T):
+            is_token = start + t < length
+            x = us[t].to(tl.float32)
+            d = tl.where(is_token, _step(raw[t].to(tl.float32), step, SOFTPLUS), 0.0)  # 0 leaves the state as it is
+            ds = ds + (d,)
+            xs = xs + (d * x,)
+            if z is not None:
+                gate = gates[t].to(tl.float32)
+                out = out + (dys[t].to(tl.float32) * gate * tl.sigmoid(gate),)
+                ys = ys + (skip * x + shift,)
             else:
-                h = tl.load(scratch + ((here_in - 1) * n + s) * e, mask=inside, other=0.0)
+                out = out + (dys[t].to(tl.float32),)
+        dys = out
+        dxs, dds = _zeros(T, BLOCK), _zeros(T, BLOCK)
+        for s in range(n):
+            A2, g, h, b, c = _rate(next_A), next_g, next_h, next_B, next_C
+            more = tl.minimum(s + 1, n - 1)
+            next_A, next_g, next_h = _of_a_state(A + more * e, dh + more * e, hs + more * e, channel, inside)
+            next_B, next_C = _row(Bs + more * padded, T, DIRECTION), _row(Cs + more * padded, T, DIRECTION)
             if offset is not None:
                 off = tl.load(offset + s * e + channel, mask=inside, other=0.0)
             if doffset is not None:
                 sum_offset = tl.load(doffset + s * e, mask=inside, other=0.0)
             if dA is not None:
                 sum_A = tl.load(dA + s * e, mask=inside, other=0.0)
-            forgets, befores, parts, new_ys = (), (), (), ()
+            forgets, befores, seen, new_ys = (), (), (), ()
             for t in tl.static_range(T):  # forward in time
                 forget = tl.exp2(ds[t] * A2)
                 forgets = forgets + (forget,)
                 befores = befores + (h,)
-                h = forget * h + xs[t] * tl.load(Bs + t * DIRECTION)
+                h = forget * h + xs[t] * b[t]
                 read = h
                 if offset is not None:
                     read = h + off
-                parts = parts + (dys[t] * read,)
+                seen = seen + (dys[t] * read,)
                 if z is not None:
-                    new_ys = new_ys + (ys[t] + read * tl.load(Cs + t * DIRECTION),)
+                    new_ys = new_ys + (ys[t] + read * c[t],)
             if z is not None:
                 ys = new_ys
-            tl.store(dC + s * padded + first + lane // (BLOCK // T) * DIRECTION, _sums(parts, lane), mask=is_first)
             parts, new_dxs, new_dds = (), (), ()
             for t in tl.static_range(T - 1, -1, -1):  # and back
-                c = tl.load(Cs + t * DIRECTION)
-                g += dys[t] * c
+                g += dys[t] * c[t]
                 parts = (g * xs[t],) + parts
-                new_dxs = (dxs[t] + g * tl.load(Bs + t * DIRECTION),) + new_dxs
+                new_dxs = (dxs[t] + g * b[t],) + new_dxs
                 g *= forgets[t]
                 gh = g * befores[t]
                 new_dds = (dds[t] + gh * A2,) + new_dds
                 if doffset is not None:
-                    sum_offset += dys[t] * c
+                    sum_offset += dys[t] * c[t]
                 if dA is not None:
                     sum_A += gh * ds[t]
             dxs, dds = new_dxs, new_dds
-            tl.store(dB + s * padded + first + lane // (BLOCK // T) * DIRECTION, _sums(parts, lane), mask=is_first)
+            at = s * padded + first + lane // (BLOCK // T) * DIRECTION
+            sum_C, sum_B = _sums(seen, lane), _sums(parts, lane)
+            tl.store(dC + at, sum_C, mask=is_first)
+            tl.store(dB + at, sum_B, mask=is_first)
             tl.store(dh + s * e, g, mask=inside)
             if doffset is not None:
                 tl.store(doffset + s * e, sum_offset, mask=inside)
@@ -414,7 +421,7 @@ def _backward(
                 sum_step += tl.where(here, dd, 0.0)
             if dbias is not None:
                 sum_shift += dys[t]
-        tl.debug_barrier()  # dh, dA, doffset and scratch are read again
+        tl.debug_barrier()  # dh, dA and doffset are read again
     if dD is not None:
         tl.store(dD + picture * e + channel, sum_D, mask=inside)
     if ddelta_bias is not None:
@@ -431,29 +438,30 @@ def _place(groups, blocks):
 
 
 @triton.jit
-def _steps_and_inputs(
-    delta, u, start, delta_l, u_l, step, channel, inside, length, T: tl.constexpr, SOFTPLUS: tl.constexpr
-):
-    """delta_t and delta_t u_t of T tokens: all rows are asked for before the first is used."""
-    raw, us, ds, xs = (), (), (), ()
-    for t in tl.static_range(T):
-        here = inside & (start + t < length)
-        raw = raw + (tl.load(delta + (start + t) * delta_l + channel, mask=here, other=0.0).to(tl.float32),)
-        us = us + (tl.load(u + (start + t) * u_l + channel, mask=here, other=0.0).to(tl.float32),)
-    for t in tl.static_range(T):
-        d = _step(raw[t], step, start + t < length, SOFTPLUS)
-        ds = ds + (d,)
-        xs = xs + (d * us[t],)
-    return ds, xs
+def _of_a_state(A, dh, states, channel, inside):
+    """A, the gradient that comes from later tokens, and the state before the first of T tokens, of one state."""
+    return (
+        tl.load(A + channel, mask=inside, other=0.0),
+        tl.load(dh, mask=inside, other=0.0),
+        tl.load(states, mask=inside, other=0.0),
+    )
 
 
 @triton.jit
-def _step(raw, step, is_token, SOFTPLUS: tl.constexpr):
-    """delta; 0 beyond the last token, which leaves the state as it is."""
+def _row(p, T: tl.constexpr, DIRECTION: tl.constexpr):
+    """T numbers that lie side by side, in scan order."""
+    out = ()
+    for t in tl.static_range(T):
+        out = out + (tl.load(p + t * DIRECTION),)
+    return out
+
+
+@triton.jit
+def _step(raw, step, SOFTPLUS: tl.constexpr):
     d = raw + step
     if SOFTPLUS:
         d = _softplus(d)
-    return tl.where(is_token, d, 0.0)
+    return d
 
 
 @triton.jit
