@@ -13,14 +13,11 @@ DOCS = Path(__file__).parent
 def draw(facts: dict) -> Figure:
     figure = Figure(figsize=(6.4, 2.8), dpi=110, layout="constrained")
     axis = figure.subplots()
-    offset = 0
-    for stage in facts["stages"]:
-        size, batch = stage["img_size"], stage["recipe"]["batch_size"]
-        points = [(offset + p["step"] * batch, p["loss"]) for p in facts["curve"] if p["img_size"] == size]
-        axis.plot(*zip(*points, strict=True), label=f"{size} px", marker=".")
-        offset = points[-1][0]
-    axis.set_xlabel("pictures seen")
-    axis.set_ylabel("training loss of one batch")
+    epochs = [line["epoch"] for line in facts["curve"]]
+    for key, label in (("train_loss", "training (augmented pictures)"), ("val_loss", "validation")):
+        axis.plot(epochs, [line[key] for line in facts["curve"]], label=label)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss")
     axis.legend()
     axis.spines[["top", "right"]].set_visible(False)
     return figure

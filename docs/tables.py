@@ -169,16 +169,15 @@ def measured_on(backbone: str, found: dict, methods: int) -> str:
 
 
 def model_card(facts: dict) -> str:
-    """What benchmarks/pretrain_nano.py writes to facts.json: how a shipped backbone was trained and what it reaches."""
+    """What benchmarks/pretrain.py writes to facts.json: how a shipped backbone was trained and what it reaches."""
     percent = {key: f"{100 * facts[key]:.1f} %" for key in facts if key.startswith("val_") and key != "val_pictures"}
+    r = facts["recipe"]
+    mixed = [f"{name} {r[name]:g}" for name in ("mixup", "cutmix", "drop_path") if r[name]]
     rows = [("numbers", f"{facts['parameters']:,}, stored as fp16"), ("trained on", f"`{facts['source']}`, training split"),
-            ("pictures seen", f"{facts['pictures_seen']:,}"), ("time", f"{facts['seconds'] / 60:.0f} minutes on {facts['threads']} CPU core{'s' * (facts['threads'] > 1)}")]  # fmt: skip
-    for stage in facts["stages"]:
-        r = stage["recipe"]
-        words = f"{stage['epochs']} epoch{'s' * (stage['epochs'] > 1)}, batch {r['batch_size']}, AdamW, lr {r['lr']:g}, weight decay {r['weight_decay']:g}, cosine"
-        rows.append((f"stage at {stage['img_size']} px", words))
-    rows += [(f"validation at 64 px ({facts['val_pictures']:,} pictures)", f"top-1 {percent['val_accuracy']}, top-5 {percent['val_top5']}"),
-             ("validation at 32 px", f"top-1 {percent['val_accuracy_at_32_px']}, top-5 {percent['val_top5_at_32_px']}")]  # fmt: skip
+            ("pictures seen", f"{facts['pictures_seen']:,} in {facts['epochs']} epochs"), ("time", f"{facts['seconds'] / 60:.0f} minutes on {facts['device']}"),
+            ("recipe", ", ".join([f"batch {r['batch_size']}, AdamW, lr {r['lr']:g}, weight decay {r['weight_decay']:g}, {r['schedule']}, random crops", *mixed])),
+            (f"validation at 64 px ({facts['val_pictures']:,} pictures)", f"top-1 {percent['val_accuracy']}, top-5 {percent['val_top5']}"),
+            ("validation at 32 px", f"top-1 {percent['val_accuracy_at_32_px']}, top-5 {percent['val_top5_at_32_px']}")]  # fmt: skip
     return markdown(("what it is", "file"), rows).replace("what it is | file", " | ", 1)
 
 
