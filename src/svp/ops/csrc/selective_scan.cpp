@@ -37,7 +37,7 @@ constexpr int V = 2;  // 4 states x 2 vectors = 8 of 16 registers
 #define SUMS_4(M) M(0) M(1) M(2) M(3)
 constexpr int TILE = V * W;                // channels of a recurrence
 constexpr int64_t PLANE = T * PANEL;       // floats of one quantity of a panel and chunk
-static_assert(PANEL % TILE == 0, "a panel is made of whole tiles");
+static_assert(PANEL % (SIDE * W) == 0 && SIDE * W % TILE == 0, "a panel is made of whole steps, a step of whole tiles");
 
 // -- where a task works -----------------------------------------------------------------------------------------------
 
@@ -97,15 +97,15 @@ SVP_INLINE float* row_of(float* dense, const Scan& a, const Place& at, int64_t t
 
 bool gated(const Scan& a) { return a.z.data || a.gate.data; }
 
-// Asks for a panel's share of a row before it is needed: bits of `what` say of which tensors.
+// Asks for COUNT channels of a row before they are needed; WHAT says of which tensors.
 enum { FORWARD_ROWS, BACKWARD_ROWS };
-template <int WHAT>
+template <int WHAT, int64_t COUNT = PANEL>
 SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t channel) {
   const auto ask = [](const float* p) {
-    for (int64_t c = 0; c < PANEL; c += 16) __builtin_prefetch(p + c, 0, 2);
+    for (int64_t c = 0; c < COUNT; c += 16) __builtin_prefetch(p + c, 0, 2);
   };
   const auto ask_to_write = [](const float* p) {
-    for (int64_t c = 0; c < PANEL; c += 16) __builtin_prefetch(p + c, 1, 2);
+    for (int64_t c = 0; c < COUNT; c += 16) __builtin_prefetch(p + c, 1, 2);
   };
   ask(row_of(a.u, at, token, channel));
   ask(row_of(a.delta, at, token, channel));
@@ -122,8 +122,6 @@ SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t 
   }
 }
 
-int64_t whole_tiles(int64_t count) { return (count + TILE - 1) / TILE * TILE; }
-
 void copy(float* target, const float* source, int64_t floats) { std::memcpy(target, source, sizeof(float) * floats); }
 void clear(float* target, int64_t floats) { std::memset(target, 0, sizeof(float) * floats); }
 
@@ -138,48 +136,64 @@ void scatter(const float* panel, int64_t n, int64_t count, float* target) {
     for (int64_t s = 0; s < n; ++s) target[c * n + s] = panel[s * PANEL + c];
 }
 // A log2(e), since the kernels know powers of two only; bounded, since their exponential wants finite arguments
+void scale_A(float* A, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += W) {
+    vf v = load(A + i) * LOG2E;
+    v = select(v < splat(-1e20f), splat(-1e20f), v);
+    store(A + i, select(v > splat(1e20f), splat(1e20f), v));
+  }
+}
 void gather_A2(const float* A, int64_t n, int64_t count, float* panel) {
   gather(A, n, count, panel);
-  for (int64_t i = 0; i < n * PANEL; i += W) {
-    vf v = load(panel + i) * LOG2E;
-    v = select(v < splat(-1e20f), splat(-1e20f), v);
-    store(panel + i, select(v > splat(1e20f), splat(1e20f), v));
-  }
+  scale_A(panel, n * PANEL);
 }
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
+// x becomes the step size softplus(x), or stays; with SLOPE also its derivative.
+template <bool SLOPE>
+SVP_INLINE void step_sizes(const Scan& a, Side& x, Side& slope) {
+  if (!a.softplus) {
+    if (SLOPE) EACH slope[i] = splat(1.0f);
+    return;
+  }
+  Side w;
+  EACH w[i] = decay(x[i]);
+  if (SLOPE) EACH slope[i] = sigmoid(x[i], w[i]);
+  EACH x[i] = softplus(x[i], w[i]);
+}
+
+template <typename Left>
+SVP_INLINE void load_weights(const float* weights, int64_t channel, Left left, Side& x) {
+  if (weights) load_side(weights + channel, left, x);
+  else EACH x[i] = vf{};
+}
+
 // d, x = delta u and y = D u + bias of a panel and chunk; reach: each channel's largest |d|.
 void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* d, float* x, float* y,
                       float* reach) {
-  const int64_t count = at.count(panel), lanes = whole_tiles(count);  // lanes beyond `count` become zero
-  for (int64_t c = 0; c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+  ALONG(SIDE * W, at.count(panel)) {  // lanes beyond the last channel read as zero
+    const int64_t channel = at.from(panel) + c;
+    Side delta_bias, D, bias, most = {}, dt, slope;
+    load_weights(a.delta_bias, channel, left, delta_bias);
+    load_weights(a.D, channel, left, D);
+    load_weights(a.bias, channel, left, bias);
     for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      const vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
-      store(d + o, dt);
-      store(x + o, load_part(row_of(a.u, at, now.token[t], channel), left));
-      if (a.softplus) store(y + o, decay(dt));
+      const float* u = row_of(a.u, at, now.token[t], channel);
+      load_side(row_of(a.delta, at, now.token[t], channel), left, dt);
+      EACH dt[i] += delta_bias[i];
+      step_sizes<false>(a, dt, slope);
+      EACH {
+        const int64_t o = t * PANEL + c + i * W;
+        const vf ut = load_part(u + i * W, left - i * W);
+        store(d + o, dt[i]);
+        store(x + o, dt[i] * ut);
+        store(y + o, D[i] * ut + bias[i]);
+        most[i] = larger(absolute(dt[i]), most[i]);
+      }
     }
-  }
-  for (int64_t c = 0; c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
-    vf most = {};
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      vf dt = load(d + o);
-      const vf ut = load(x + o);
-      if (a.softplus) dt = softplus(dt, load(y + o));
-      store(d + o, dt);
-      store(x + o, dt * ut);
-      store(y + o, D * ut + bias);
-      most = larger(absolute(dt), most);
-    }
-    store(reach + c, most);
-  }
+    store_side(reach + c, most, WHOLE);
+  });
 }
 
 // y += C_t offset
@@ -192,26 +206,29 @@ void read_offset(const Chunk& now, int64_t n, const float* offset, float* y) {
     }
 }
 
-// out = (y + add) scale silu(z); `work` is a plane to use.
-void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* y, float* work) {
-  const int64_t channel = at.from(panel), count = at.count(panel);
+// y becomes (y + add) scale silu(z); add and z may be null.
+template <typename Left>
+SVP_INLINE void finish(const Scan& a, const float* add, const float* z, Left left, Side& y) {
+  if (add) EACH y[i] += load_part(add + i * W, left - i * W);
+  if (!z) return;
+  Side zt, s;
+  load_side(z, left, zt);
+  sigmoids(zt, s);
+  EACH y[i] *= zt[i] * s[i] * a.scale;
+}
+
+void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const float* y) {
   for (int64_t t = 0; t < now.steps; ++t) {
-    float* out = row_of(a.y, a, at, now.token[t], channel);
-    if (a.add.data) {
-      const float* more = row_of(a.add, at, now.token[t], channel);
-      for (int64_t c = 0; c < count; c += W)
-        store(y + t * PANEL + c, load(y + t * PANEL + c) + load_part(more + c, count - c));
-    }
-    if (!a.z.data) {
-      for (int64_t c = 0; c < count; c += W) store_part(out + c, load(y + t * PANEL + c), count - c);
-      continue;
-    }
-    const float* z = row_of(a.z, at, now.token[t], channel);
-    for (int64_t c = 0; c < count; c += W) store(work + t * PANEL + c, decay(load_part(z + c, count - c)));
-    for (int64_t c = 0; c < count; c += W) {
-      const vf zt = load_part(z + c, count - c), s = sigmoid(zt, load(work + t * PANEL + c));
-      store_part(out + c, load(y + t * PANEL + c) * (zt * s * a.scale), count - c);
-    }
+    const int64_t token = now.token[t], channel = at.from(panel);
+    const float* add = a.add.data ? row_of(a.add, at, token, channel) : nullptr;
+    const float* z = a.z.data ? row_of(a.z, at, token, channel) : nullptr;
+    float* out = row_of(a.y, a, at, token, channel);
+    ALONG(SIDE * W, at.count(panel)) {
+      Side yt;
+      load_side(y + t * PANEL + c, WHOLE, yt);
+      finish(a, add ? add + c : nullptr, z ? z + c : nullptr, left, yt);
+      store_side(out + c, yt, left);
+    });
   }
 }
 
@@ -299,7 +316,7 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
           }
         }
       }
-      forward_epilogue(a, at, now, p, y, d);
+      forward_epilogue(a, at, now, p, y);
     }
   }
   for (int64_t p = at.first; a.last && p < at.end; ++p)
@@ -318,65 +335,44 @@ struct Planes {
 };
 
 void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
-  const int64_t count = at.count(panel), lanes = whole_tiles(count);  // lanes beyond `count` become zero
-  for (int64_t c = 0; c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+  ALONG(SIDE * W, at.count(panel)) {
+    const int64_t channel = at.from(panel) + c;
+    Side delta_bias, D, bias, most = {}, dt, slope, dy, gate;
+    load_weights(a.delta_bias, channel, left, delta_bias);
+    load_weights(a.D, channel, left, D);
+    load_weights(a.bias, channel, left, bias);
     for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      const vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
-      store(k.d + o, dt);
-      store(k.u + o, load_part(row_of(a.u, at, now.token[t], channel), left));
-      store(k.dy + o, load_part(row_of(a.dy, at, now.token[t], channel), left));
-      if (a.softplus) store(k.slope + o, decay(dt));
-    }
-  }
-  for (int64_t c = 0; c < lanes; c += W) {
-    vf most = {};
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      vf dt = load(k.d + o), slope = splat(1.0f);
-      if (a.softplus) {
-        const vf w = load(k.slope + o);
-        slope = sigmoid(dt, w);
-        dt = softplus(dt, w);
+      const float* u = row_of(a.u, at, now.token[t], channel);
+      load_side(row_of(a.delta, at, now.token[t], channel), left, dt);
+      EACH dt[i] += delta_bias[i];
+      step_sizes<true>(a, dt, slope);
+      load_side(row_of(a.dy, at, now.token[t], channel), left, dy);
+      if (a.z.data) gates(row_of(a.z, at, now.token[t], channel), left, dy, gate);
+      if (a.gate.data) load_side(row_of(a.gate, at, now.token[t], channel), left, gate);
+      EACH {
+        const int64_t o = t * PANEL + c + i * W;
+        const vf ut = load_part(u + i * W, left - i * W);
+        store(k.d + o, dt[i]);
+        store(k.x + o, dt[i] * ut);
+        store(k.u + o, ut);
+        store(k.slope + o, slope[i]);
+        store(k.dy + o, dy[i]);
+        store(k.dx + o, vf{});
+        store(k.dd + o, vf{});
+        if (gated(a)) {
+          store(k.gate + o, gate[i]);
+          store(k.y + o, D[i] * ut + bias[i]);
+        }
+        most[i] = larger(absolute(dt[i]), most[i]);
       }
-      store(k.d + o, dt);
-      store(k.x + o, dt * load(k.u + o));
-      store(k.slope + o, slope);
-      store(k.dx + o, vf{});
-      store(k.dd + o, vf{});
-      most = larger(absolute(dt), most);
     }
-    store(k.reach + c, most);
-  }
-  for (int64_t c = 0; gated(a) && c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
-    for (int64_t t = 0; a.gate.data && t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      store(k.gate + o, load_part(row_of(a.gate, at, now.token[t], channel), left));
-      store(k.y + o, D * load(k.u + o) + bias);
-    }
-    if (a.gate.data) continue;
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const vf z = load_part(row_of(a.z, at, now.token[t], channel), left);
-      store(k.gate + t * PANEL + c, z);
-      store(k.y + t * PANEL + c, decay(z));
-    }
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      const vf z = load(k.gate + o), s = sigmoid(z, load(k.y + o)), dy = load(k.dy + o);
-      store(k.gate + o, dy * s * (1.0f + z * (1.0f - s)));
-      store(k.dy + o, dy * (z * s));
-      store(k.y + o, D * load(k.u + o) + bias);
-    }
-  }
+    store_side(k.reach + c, most, WHOLE);
+  });
 }
 
 void backward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
-  for (int64_t c = 0, count = at.count(panel); c < count; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
+  ALONG(W, at.count(panel)) {
+    const int64_t channel = at.from(panel) + c;
     const vf D = a.D ? load_part(a.D + channel, left) : vf{};
     vf sum_D = {}, sum_delta = {}, sum_dy = {};
     for (int64_t t = 0; t < now.steps; ++t) {
@@ -401,7 +397,7 @@ void backward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t
     add(a.dD, sum_D);
     add(a.ddelta_bias, sum_delta);
     add(a.dbias, sum_dy);
-  }
+  });
 }
 
 // The offset's own part: dC += dy offset, doffset += C dy.
