@@ -13,7 +13,7 @@
 // recurrence runs S states of V vectors at a time, so that S x V states stay in registers and B, C are broadcast from
 // memory. What a recurrence reads was put into scratch by the prologue (a cold load inside it would cost its latency
 // every step), and the prologue's rows were asked for while the panel before was computed. The forward keeps the state
-// before each chunk; the backward recomputes the chunk from it. t counts in scan order: direction is a matter of `token`.
+// before each chunk; the backward recomputes the chunk from it. One state alone has a walk of its own, below. t counts in scan order: direction is a matter of `token`.
 #include <initializer_list>
 
 #include "kernels.h"
@@ -567,17 +567,222 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
   }
 }
 
+// -- one state --------------------------------------------------------------------------------------------------------
+
+// With one state there is no loop over states that would pay for the prologue's scratch, and neighbouring channels are as
+// independent as states are. So a task walks along each token's row of its channels and does all at once, SIDE vectors at a
+// time; the state is one more row, in the nearest cache.
+
+constexpr int64_t ROW = PANELS * PANEL;  // floats of a row in scratch
+
+// What the tokens of a task share: rows in scratch, zero beyond `count` and where nothing was given.
+struct Weights {
+  float *A2, *D, *delta_bias, *bias, *offset;
+  static constexpr int64_t FLOATS = 5 * ROW;
+  int64_t channel, count;
+  bool falling;  // delta A <= 0 whatever the token
+
+  Weights(const Scan& a, const Place& at, float* p) {
+    for (float** row : {&A2, &D, &delta_bias, &bias, &offset}) *row = p, p += ROW;
+    channel = at.from(at.first);
+    count = at.from(at.end - 1) + at.count(at.end - 1) - channel;
+    clear(A2, FLOATS);
+    put(a.A, A2), put(a.D, D), put(a.delta_bias, delta_bias), put(a.bias, bias), put(a.offset, offset);
+    scale_A(A2, ROW);
+    falling = a.softplus;
+    for (int64_t c = 0; c < count; ++c) falling = falling && A2[c] <= 0;
+  }
+  void put(const float* source, float* row) const {
+    if (source) copy(row, source + channel, count);
+  }
+};
+
+// The token two steps later, or -1. Its row is asked for bit by bit: all at once would have to wait for each other.
+SVP_INLINE int64_t soon_after(const Scan& a, int64_t token) {
+  token += a.reverse ? -2 : 2;
+  return token >= 0 && token < a.length ? token : -1;
+}
+
+// delta, exp(delta A) and with SLOPE delta's derivative, of the channels from c on.
+template <bool FALLING, bool SLOPE, typename Left>
+SVP_INLINE void pace(const Scan& a, const Weights& w, const float* delta, int64_t c, Left left, Side& d, Side& f, Side& slope) {
+  load_side(delta + c, left, d);
+  EACH d[i] += load(w.delta_bias + c + i * W);
+  step_sizes<SLOPE>(a, d, slope);
+  EACH {
+    const vf t = d[i] * load(w.A2 + c + i * W);
+    f[i] = FALLING ? exp2_below(t) : exp2v(t);
+  }
+}
+
+// Where the state before a chunk is kept: the task's panels lie side by side.
+float* kept(const Scan& a, const Place& at, int64_t chunk) {
+  const int64_t chunks = (a.length + T - 1) / T;
+  return a.states + ((at.picture * chunks + chunk) * at.panels * a.groups + at.group * at.panels + at.first) * PANEL;
+}
+
+template <bool FALLING>
+void forward_one(const Scan& a, const Place& at, const Weights w, float* h) {
+  for (int64_t chunk = 0; chunk * T < a.length; ++chunk) {
+    const Chunk now(a, at, chunk);
+    if (a.states) copy(kept(a, at, chunk), h, (at.end - at.first) * PANEL);
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t token = now.token[t];
+      const float bt = now.b[t][0], ct = now.c[t][0];
+      const float *delta = row_of(a.delta, at, token, w.channel), *u = row_of(a.u, at, token, w.channel);
+      const float* add = a.add.data ? row_of(a.add, at, token, w.channel) : nullptr;
+      const float* z = a.z.data ? row_of(a.z, at, token, w.channel) : nullptr;
+      float* out = row_of(a.y, a, at, token, w.channel);
+      const int64_t soon = soon_after(a, token);
+      ALONG(SIDE * W, w.count) {
+        if (soon >= 0) prefetch<FORWARD_ROWS, SIDE * W>(a, at, soon, w.channel + c);
+        Side dt, f, y, slope;
+        pace<FALLING, false>(a, w, delta, c, left, dt, f, slope);
+        EACH {
+          const int64_t o = c + i * W;
+          const vf ut = load_part(u + o, left - i * W), ht = f[i] * load(h + o) + dt[i] * ut * bt;
+          store(h + o, ht);
+          y[i] = (ht + load(w.offset + o)) * ct + (load(w.D + o) * ut + load(w.bias + o));
+        }
+        finish(a, add ? add + c : nullptr, z ? z + c : nullptr, left, y);
+        store_side(out + c, y, left);
+      });
+    }
+  }
+}
+
+void forward_task_one(const Scan& a, int64_t task, float* scratch) {
+  const Place at(a, task);
+  const Weights w(a, at, scratch);
+  float* h = scratch + Weights::FLOATS;
+  clear(h, ROW);
+  w.put(a.h0 ? a.h0 + at.picture * a.h0_b : nullptr, h);
+  (w.falling ? forward_one<true> : forward_one<false>)(a, at, w, h);
+  if (a.last) copy(a.last + at.picture * a.channels + w.channel, h, w.count);
+}
+
+// What the backward recomputes of a chunk, each (T, ROW); h: h_{t-1}, and one row more.
+struct Kept {
+  float *d, *slope, *a, *h;
+  static constexpr int64_t FLOATS = (4 * T + 1) * ROW;
+  explicit Kept(float* p) {
+    for (float** rows : {&d, &slope, &a, &h}) *rows = p, p += T * ROW;
+  }
+};
+
+template <bool FALLING>
+void recompute_one(const Scan& a, const Place& at, const Weights w, const Chunk& now, const Kept k) {
+  for (int64_t t = 0; t < now.steps; ++t) {
+    const int64_t token = now.token[t];
+    const float bt = now.b[t][0];
+    const float *delta = row_of(a.delta, at, token, w.channel), *u = row_of(a.u, at, token, w.channel);
+    const int64_t soon = soon_after(a, token);
+    ALONG(SIDE * W, w.count) {
+      if (soon >= 0) prefetch<BACKWARD_ROWS, SIDE * W>(a, at, soon, w.channel + c);
+      Side dt, f, slope;
+      pace<FALLING, true>(a, w, delta, c, left, dt, f, slope);
+      EACH {
+        const int64_t o = t * ROW + c + i * W;
+        store(k.d + o, dt[i]);
+        store(k.slope + o, slope[i]);
+        store(k.a + o, f[i]);
+        store(k.h + o + ROW, f[i] * load(k.h + o) + dt[i] * load_part(u + c + i * W, left - i * W) * bt);
+      }
+    });
+  }
+}
+
+// From the chunk's last token to its first: carries g; sums (2, T, W): each token's dB and dC, not yet added over lanes.
+void back_one(const Scan& a, const Place& at, const Weights w, const Chunk& now, const Kept k, float* g, float* sums) {
+  const auto total = [&](float* share) { return share ? share + at.picture * a.channels + w.channel : nullptr; };
+  float *dA = total(a.dA), *doffset = total(a.doffset), *dD = total(a.dD), *dbias = total(a.dbias);
+  float* ddelta_bias = total(a.ddelta_bias);
+  for (int64_t t = now.steps - 1; t >= 0; --t) {
+    const int64_t token = now.token[t];
+    const float bt = now.b[t][0], ct = now.c[t][0];
+    const float *dout = row_of(a.dy, at, token, w.channel), *u = row_of(a.u, at, token, w.channel);
+    const float* z = a.z.data ? row_of(a.z, at, token, w.channel) : nullptr;
+    const float* gate = a.gate.data ? row_of(a.gate, at, token, w.channel) : nullptr;
+    float *du = row_of(a.du, a, at, token, w.channel), *ddelta = row_of(a.ddelta, a, at, token, w.channel);
+    float* dz = gated(a) ? row_of(a.dz, at, token, w.channel) : nullptr;
+    vf sumB = {}, sumC = {};
+    ALONG(SIDE * W, w.count) {
+      Side dy, gates_of_z;
+      load_side(dout + c, left, dy);
+      if (z) gates(z + c, left, dy, gates_of_z);
+      if (gate) load_side(gate + c, left, gates_of_z);
+      EACH {
+        const int64_t row = c + i * W, o = t * ROW + row, rest = left - i * W;
+        const auto add = [&](float* sum, vf part) __attribute__((always_inline)) {
+          if (sum) store_part(sum + row, load_part(sum + row, rest) + part, rest);
+        };
+        const vf dt = load(k.d + o), ut = load_part(u + row, rest), read = load(k.h + o + ROW) + load(w.offset + row);
+        const vf gt = load(g + row) + dy[i] * ct, dx = gt * bt, ga = gt * load(k.a + o), gh = ga * load(k.h + o);
+        const vf into = load(k.slope + o) * (dx * ut + gh * load(w.A2 + row) * LN2);
+        store(g + row, ga);
+        sumB += gt * (dt * ut);
+        sumC += dy[i] * read;
+        store_part(du + row, dx * dt + load(w.D + row) * dy[i], rest);
+        store_part(ddelta + row, into, rest);
+        if (dz) {
+          const vf y = read * ct + (load(w.D + row) * ut + load(w.bias + row));
+          store_part(dz + row, y * gates_of_z[i] + (a.add_dz ? load_part(dz + row, rest) : vf{}), rest);
+        }
+        add(dA, gh * dt);
+        add(doffset, dy[i] * ct);
+        add(dD, dy[i] * ut);
+        add(dbias, dy[i]);
+        add(ddelta_bias, into);
+      }
+    });
+    store(sums + t * W, sumB);
+    store(sums + (T + t) * W, sumC);
+  }
+}
+
+void backward_task_one(const Scan& a, int64_t task, float* scratch) {
+  const Place at(a, task);
+  const Weights w(a, at, scratch);
+  float *g = scratch + Weights::FLOATS, *sums = g + ROW;
+  const Kept k(sums + 2 * T * W);
+  const int64_t here = at.picture * a.channels + w.channel;
+  clear(g, ROW);
+  w.put(a.dlast ? a.dlast + at.picture * a.channels : nullptr, g);
+  for (float* total : {a.dA, a.doffset, a.dD, a.dbias, a.ddelta_bias})
+    if (total) clear(total + here, w.count);
+  for (int64_t chunk = (a.length + T - 1) / T - 1; chunk >= 0; --chunk) {
+    const Chunk now(a, at, chunk);
+    copy(k.h, kept(a, at, chunk), (at.end - at.first) * PANEL);
+    (w.falling ? recompute_one<true> : recompute_one<false>)(a, at, w, now, k);
+    back_one(a, at, w, now, k, g, sums);
+    float each[2 * T];
+    sum_rows(sums, now.steps, each);
+    sum_rows(sums + T * W, now.steps, each + T);
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t row = ((at.block * a.batch + at.picture) * a.length + now.token[t]) * a.groups + at.group;
+      a.dB[row] = each[t];
+      a.dC[row] = each[T + t];
+    }
+  }
+  if (a.dh0) copy(a.dh0 + here, g, w.count);
+}
+
 }  // namespace
 
 int scan_forward(const Scan& a) {
-  const int64_t floats = 3 * PANELS * a.n * PANEL + 3 * PLANE + PANEL;
-  return parallel(tasks_of(a), a.threads, floats, [&](int64_t task, float* scratch) { forward_task(a, task, scratch); });
+  const bool one = a.n == 1;
+  const int64_t floats = one ? Weights::FLOATS + ROW : 3 * PANELS * a.n * PANEL + 3 * PLANE + PANEL;
+  const auto task = one ? forward_task_one : forward_task;
+  return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
 }
 
 int scan_backward(const Scan& a) {
-  const int64_t floats = (5 * PANELS + 1) * a.n * PANEL + 2 * KEPT + 2 * T * a.n * W + Planes::FLOATS;
-  const auto task = gated(a) ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
-                             : (a.dA ? backward_task<false, true> : backward_task<false, false>);
+  const bool one = a.n == 1;
+  const int64_t floats = one ? Weights::FLOATS + ROW + 2 * T * W + Kept::FLOATS
+                             : (5 * PANELS + 1) * a.n * PANEL + 2 * KEPT + 2 * T * a.n * W + Planes::FLOATS;
+  const auto task = one        ? backward_task_one
+                    : gated(a) ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
+                               : (a.dA ? backward_task<false, true> : backward_task<false, false>);
   return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
 }
 
