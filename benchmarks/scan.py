@@ -10,8 +10,9 @@ Then with each number of states (Mamba's 16, VMamba's 1) at every instruction-se
 ours    selective_scan(kernel="cpu")
 loop    the best plain loop we know: selective_scan(kernel="reference"), `unbind` and the exponential inside the loop
 pscan   the parallel scan of the package mambapy, where it is installed
-floor   the exponentials (once forward, twice with backward), the multiply-adds of the recurrence and the projection,
-        each at the rate measured in the same run; or the least bytes at the rate of a copy, if those take longer
+floor   the exponentials (once forward, twice with backward; softplus' logarithm counts as one), the multiply-adds of the
+        recurrence and beside it, and the projection, each at the rate measured in the same run; or the least bytes at the
+        rate of a copy, if those take longer
 """
 
 from __future__ import annotations

@@ -62,8 +62,13 @@ def compare(inputs, frozen=(), **options):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     "b,l,e,n,groups",
-    [(1, 1, 1, 1, 1), (2, 63, 6, 4, 1), (1, 197, 70, 16, 1), (2, 17, 65, 1, 1), (1, 33, 130, 6, 2), (1, 20, 300, 5, 1)],
-)
+    [
+        (2, 63, 6, 4, 1), (1, 197, 70, 16, 1), (1, 33, 130, 6, 2), (1, 20, 300, 5, 1),
+        # one state has a walk of its own
+        (1, 1, 1, 1, 1), (2, 2, 64, 1, 1), (1, 3, 7, 1, 1), (2, 5, 300, 1, 1), (2, 17, 65, 1, 1), (1, 37, 40, 1, 4),
+        (2, 64, 192, 1, 1), (1, 65, 400, 1, 2), (2, 197, 48, 1, 4),
+    ],
+)  # fmt: skip
 def test_kernel_is_the_reference(isa, b, l, e, n, groups, reverse):
     compare(random_inputs(b, l, e, n, groups), delta_softplus=True, reverse=reverse)
 
@@ -71,7 +76,7 @@ def test_kernel_is_the_reference(isa, b, l, e, n, groups, reverse):
 @compiled
 @settings(max_examples=60)
 @given(
-    b=st.integers(0, 2), l=st.sampled_from([0, 1, 2, 15, 16, 17, 196, 197]), e=st.integers(1, 40),
+    b=st.integers(0, 2), l=st.sampled_from([0, 1, 2, 15, 16, 17, 64, 65, 196, 197]), e=st.integers(1, 40),
     n=st.sampled_from([1, 4, 16]), groups=st.sampled_from([1, 1, 2]), seed=st.integers(0, 99), softplus=st.booleans(),
     reverse=st.booleans(), leave_out=st.sets(st.sampled_from(["D", "z", "delta_bias", "h0", "offset", "bias"])),
     frozen=st.sets(st.sampled_from(["A", "D", "delta_bias", "h0", "offset", "bias", "z", "u"])),
@@ -84,11 +89,12 @@ def test_any_shape(b, l, e, n, groups, seed, softplus, reverse, leave_out, froze
     compare(inputs, frozen, delta_softplus=softplus, reverse=reverse)
 
 
+@pytest.mark.parametrize("n", [3, 1])
 @pytest.mark.parametrize(
-    "name,value", [("A", -1e4), ("A", -1e30), ("A", -1e-8), ("A", 0.0), ("delta", -100.0), ("delta", 30.0)]
+    "name,value", [("A", -1e4), ("A", -1e30), ("A", -1e-8), ("A", 0.0), ("A", 0.5), ("delta", -100.0), ("delta", 30.0)]
 )
-def test_extreme_values(isa, name, value):
-    inputs = random_inputs(1, 19, 5, 3)
+def test_extreme_values(isa, name, value, n):
+    inputs = random_inputs(1, 19, 5, n)
     inputs[name][..., ::2] = value
     compare(inputs, frozen=("A",), delta_softplus=True)
 
@@ -99,17 +105,19 @@ def test_softplus_around_its_threshold(isa):
     compare(inputs, frozen=("A",), delta_softplus=True)
 
 
-def test_a_nan_comes_out(isa):
-    inputs = {name: t.float() for name, t in random_inputs(1, 5, 20, 4).items()}
+@pytest.mark.parametrize("n", [4, 1])
+def test_a_nan_comes_out(isa, n):
+    inputs = {name: t.float() for name, t in random_inputs(1, 5, 20, n).items()}
     inputs["delta"][0, 2, 3] = float("nan")
     y = selective_scan(**inputs, delta_softplus=True, kernel="cpu")
     assert y[0, 2:, 3].isnan().all()
     assert y[0, :2].isfinite().all() and y[0, :, :3].isfinite().all()
 
 
+@pytest.mark.parametrize("n", [16, 1])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_nothing(isa, threads):
-    inputs = random_inputs(3, 50, 300, 16)
+def test_threads_change_nothing(isa, threads, n):
+    inputs = random_inputs(3, 50, 300, n)
     try:
         torch.set_num_threads(1)
         want = run_with_grads(inputs, torch.float32, "cpu", delta_softplus=True)
@@ -122,9 +130,10 @@ def test_threads_change_nothing(isa, threads):
 
 
 @compiled
-def test_views_are_read_in_place():
+@pytest.mark.parametrize("n", [4, 1])
+def test_views_are_read_in_place(n):
     """Column halves of a wider tensor, a transposed one, and one row repeated by stride 0."""
-    inputs = {name: t.float() for name, t in random_inputs(2, 21, 34, 4).items()}
+    inputs = {name: t.float() for name, t in random_inputs(2, 21, 34, n).items()}
     want = scan(**inputs, kernel="cpu")
     both = torch.cat([inputs["u"], inputs["z"]], dim=-1)
     views = inputs | {"u": both[..., :34], "z": both[..., 34:], "delta": inputs["delta"].mT.contiguous().mT}

@@ -12,9 +12,13 @@ from svp.ops import native
 
 # per element of (b, l, e, n): h, its input, y; the backward pass: h and its input again, dC, then g, dx, dB, a g, dd twice
 FORWARD_FMA, BACKWARD_FMA = 3, 9
+# per element of (b, l, e): delta u, D u, z's SiLU and its product; the backward pass: delta u and D u again, SiLU and its slope 4,
+# dy, dz 2, du 2, ddelta 2
+FORWARD_BESIDE_FMA, BACKWARD_BESIDE_FMA = 4, 13
 # float32 numbers per (b, l, e): u, delta, z, y; with the backward pass also dy, du, ddelta, dz, states
 FORWARD_NUMBERS, STEP_NUMBERS = 4, 16
-BESIDE = 2  # exponentials of (b, l, e) beside those of the states: softplus, and the SiLU of a gate
+# exponentials of (b, l, e) beside those of the states: softplus, its logarithm (counted as one), and the SiLU of a gate
+BESIDE = 3
 SIDE = 768  # of the square matrices whose product gives the rate of multiply-adds
 
 
@@ -63,9 +67,10 @@ def scan_parts(values: float, states: int, backward: bool, rates: dict[str, floa
     """
     elements, passes = values * states, 2 if backward else 1
     fma = FORWARD_FMA + (BACKWARD_FMA if backward else 0)
+    beside = FORWARD_BESIDE_FMA + (BACKWARD_BESIDE_FMA if backward else 0)
     work = {
         "exponentials": passes * (elements + BESIDE * values),
-        "multiply-adds": fma * elements,
+        "multiply-adds": fma * elements + beside * values,
         "copy": 4.0 * values * (STEP_NUMBERS if backward else FORWARD_NUMBERS),
     }
     names = {"copy": "bytes"}

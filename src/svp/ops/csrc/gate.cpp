@@ -15,12 +15,14 @@ int gate(const Gate& a) {
       const auto row = [&](const Rows& rows) { return rows.data + picture * rows.b + t * rows.l; };
       const float *dout = row(a.dout), *z = row(a.z);
       const int64_t dense = (picture * a.length + t) * a.channels;
-      for (int64_t c = 0; c < a.channels; c += W) {
-        const int64_t left = a.channels - c;
-        const vf zt = load_part(z + c, left), s = sigmoid(zt, decay(zt)), g = load_part(dout + c, left) * a.scale;
-        store_part(a.dy + dense + c, g * (zt * s), left);
-        store_part(a.gate + dense + c, g * (s * (1.0f + zt * (1.0f - s))), left);
-      }
+      ALONG(SIDE * W, a.channels) {
+        Side dy, gate;
+        load_side(dout + c, left, dy);
+        EACH dy[i] *= a.scale;
+        gates(z + c, left, dy, gate);
+        store_side(a.dy + dense + c, dy, left);
+        store_side(a.gate + dense + c, gate, left);
+      });
     }
   });
 }

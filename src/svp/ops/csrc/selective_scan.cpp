@@ -13,7 +13,7 @@
 // recurrence runs S states of V vectors at a time, so that S x V states stay in registers and B, C are broadcast from
 // memory. What a recurrence reads was put into scratch by the prologue (a cold load inside it would cost its latency
 // every step), and the prologue's rows were asked for while the panel before was computed. The forward keeps the state
-// before each chunk; the backward recomputes the chunk from it. t counts in scan order: direction is a matter of `token`.
+// before each chunk; the backward recomputes the chunk from it. One state alone has a walk of its own, below. t counts in scan order: direction is a matter of `token`.
 #include <initializer_list>
 
 #include "kernels.h"
@@ -37,7 +37,7 @@ constexpr int V = 2;  // 4 states x 2 vectors = 8 of 16 registers
 #define SUMS_4(M) M(0) M(1) M(2) M(3)
 constexpr int TILE = V * W;                // channels of a recurrence
 constexpr int64_t PLANE = T * PANEL;       // floats of one quantity of a panel and chunk
-static_assert(PANEL % TILE == 0, "a panel is made of whole tiles");
+static_assert(PANEL % (SIDE * W) == 0 && SIDE * W % TILE == 0, "a panel is made of whole steps, a step of whole tiles");
 
 // -- where a task works -----------------------------------------------------------------------------------------------
 
@@ -97,15 +97,15 @@ SVP_INLINE float* row_of(float* dense, const Scan& a, const Place& at, int64_t t
 
 bool gated(const Scan& a) { return a.z.data || a.gate.data; }
 
-// Asks for a panel's share of a row before it is needed: bits of `what` say of which tensors.
+// Asks for COUNT channels of a row before they are needed; WHAT says of which tensors.
 enum { FORWARD_ROWS, BACKWARD_ROWS };
-template <int WHAT>
+template <int WHAT, int64_t COUNT = PANEL>
 SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t channel) {
   const auto ask = [](const float* p) {
-    for (int64_t c = 0; c < PANEL; c += 16) __builtin_prefetch(p + c, 0, 2);
+    for (int64_t c = 0; c < COUNT; c += 16) __builtin_prefetch(p + c, 0, 2);
   };
   const auto ask_to_write = [](const float* p) {
-    for (int64_t c = 0; c < PANEL; c += 16) __builtin_prefetch(p + c, 1, 2);
+    for (int64_t c = 0; c < COUNT; c += 16) __builtin_prefetch(p + c, 1, 2);
   };
   ask(row_of(a.u, at, token, channel));
   ask(row_of(a.delta, at, token, channel));
@@ -122,8 +122,6 @@ SVP_INLINE void prefetch(const Scan& a, const Place& at, int64_t token, int64_t 
   }
 }
 
-int64_t whole_tiles(int64_t count) { return (count + TILE - 1) / TILE * TILE; }
-
 void copy(float* target, const float* source, int64_t floats) { std::memcpy(target, source, sizeof(float) * floats); }
 void clear(float* target, int64_t floats) { std::memset(target, 0, sizeof(float) * floats); }
 
@@ -138,48 +136,64 @@ void scatter(const float* panel, int64_t n, int64_t count, float* target) {
     for (int64_t s = 0; s < n; ++s) target[c * n + s] = panel[s * PANEL + c];
 }
 // A log2(e), since the kernels know powers of two only; bounded, since their exponential wants finite arguments
+void scale_A(float* A, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += W) {
+    vf v = load(A + i) * LOG2E;
+    v = select(v < splat(-1e20f), splat(-1e20f), v);
+    store(A + i, select(v > splat(1e20f), splat(1e20f), v));
+  }
+}
 void gather_A2(const float* A, int64_t n, int64_t count, float* panel) {
   gather(A, n, count, panel);
-  for (int64_t i = 0; i < n * PANEL; i += W) {
-    vf v = load(panel + i) * LOG2E;
-    v = select(v < splat(-1e20f), splat(-1e20f), v);
-    store(panel + i, select(v > splat(1e20f), splat(1e20f), v));
-  }
+  scale_A(panel, n * PANEL);
 }
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
+// x becomes the step size softplus(x), or stays; with SLOPE also its derivative.
+template <bool SLOPE>
+SVP_INLINE void step_sizes(const Scan& a, Side& x, Side& slope) {
+  if (!a.softplus) {
+    if (SLOPE) EACH slope[i] = splat(1.0f);
+    return;
+  }
+  Side w;
+  EACH w[i] = decay(x[i]);
+  if (SLOPE) EACH slope[i] = sigmoid(x[i], w[i]);
+  EACH x[i] = softplus(x[i], w[i]);
+}
+
+template <typename Left>
+SVP_INLINE void load_weights(const float* weights, int64_t channel, Left left, Side& x) {
+  if (weights) load_side(weights + channel, left, x);
+  else EACH x[i] = vf{};
+}
+
 // d, x = delta u and y = D u + bias of a panel and chunk; reach: each channel's largest |d|.
 void forward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* d, float* x, float* y,
                       float* reach) {
-  const int64_t count = at.count(panel), lanes = whole_tiles(count);  // lanes beyond `count` become zero
-  for (int64_t c = 0; c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+  ALONG(SIDE * W, at.count(panel)) {  // lanes beyond the last channel read as zero
+    const int64_t channel = at.from(panel) + c;
+    Side delta_bias, D, bias, most = {}, dt, slope;
+    load_weights(a.delta_bias, channel, left, delta_bias);
+    load_weights(a.D, channel, left, D);
+    load_weights(a.bias, channel, left, bias);
     for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      const vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
-      store(d + o, dt);
-      store(x + o, load_part(row_of(a.u, at, now.token[t], channel), left));
-      if (a.softplus) store(y + o, decay(dt));
+      const float* u = row_of(a.u, at, now.token[t], channel);
+      load_side(row_of(a.delta, at, now.token[t], channel), left, dt);
+      EACH dt[i] += delta_bias[i];
+      step_sizes<false>(a, dt, slope);
+      EACH {
+        const int64_t o = t * PANEL + c + i * W;
+        const vf ut = load_part(u + i * W, left - i * W);
+        store(d + o, dt[i]);
+        store(x + o, dt[i] * ut);
+        store(y + o, D[i] * ut + bias[i]);
+        most[i] = larger(absolute(dt[i]), most[i]);
+      }
     }
-  }
-  for (int64_t c = 0; c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
-    vf most = {};
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      vf dt = load(d + o);
-      const vf ut = load(x + o);
-      if (a.softplus) dt = softplus(dt, load(y + o));
-      store(d + o, dt);
-      store(x + o, dt * ut);
-      store(y + o, D * ut + bias);
-      most = larger(absolute(dt), most);
-    }
-    store(reach + c, most);
-  }
+    store_side(reach + c, most, WHOLE);
+  });
 }
 
 // y += C_t offset
@@ -192,26 +206,29 @@ void read_offset(const Chunk& now, int64_t n, const float* offset, float* y) {
     }
 }
 
-// out = (y + add) scale silu(z); `work` is a plane to use.
-void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, float* y, float* work) {
-  const int64_t channel = at.from(panel), count = at.count(panel);
+// y becomes (y + add) scale silu(z); add and z may be null.
+template <typename Left>
+SVP_INLINE void finish(const Scan& a, const float* add, const float* z, Left left, Side& y) {
+  if (add) EACH y[i] += load_part(add + i * W, left - i * W);
+  if (!z) return;
+  Side zt, s;
+  load_side(z, left, zt);
+  sigmoids(zt, s);
+  EACH y[i] *= zt[i] * s[i] * a.scale;
+}
+
+void forward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const float* y) {
   for (int64_t t = 0; t < now.steps; ++t) {
-    float* out = row_of(a.y, a, at, now.token[t], channel);
-    if (a.add.data) {
-      const float* more = row_of(a.add, at, now.token[t], channel);
-      for (int64_t c = 0; c < count; c += W)
-        store(y + t * PANEL + c, load(y + t * PANEL + c) + load_part(more + c, count - c));
-    }
-    if (!a.z.data) {
-      for (int64_t c = 0; c < count; c += W) store_part(out + c, load(y + t * PANEL + c), count - c);
-      continue;
-    }
-    const float* z = row_of(a.z, at, now.token[t], channel);
-    for (int64_t c = 0; c < count; c += W) store(work + t * PANEL + c, decay(load_part(z + c, count - c)));
-    for (int64_t c = 0; c < count; c += W) {
-      const vf zt = load_part(z + c, count - c), s = sigmoid(zt, load(work + t * PANEL + c));
-      store_part(out + c, load(y + t * PANEL + c) * (zt * s * a.scale), count - c);
-    }
+    const int64_t token = now.token[t], channel = at.from(panel);
+    const float* add = a.add.data ? row_of(a.add, at, token, channel) : nullptr;
+    const float* z = a.z.data ? row_of(a.z, at, token, channel) : nullptr;
+    float* out = row_of(a.y, a, at, token, channel);
+    ALONG(SIDE * W, at.count(panel)) {
+      Side yt;
+      load_side(y + t * PANEL + c, WHOLE, yt);
+      finish(a, add ? add + c : nullptr, z ? z + c : nullptr, left, yt);
+      store_side(out + c, yt, left);
+    });
   }
 }
 
@@ -299,7 +316,7 @@ void forward_task(const Scan& a, int64_t task, float* scratch) {
           }
         }
       }
-      forward_epilogue(a, at, now, p, y, d);
+      forward_epilogue(a, at, now, p, y);
     }
   }
   for (int64_t p = at.first; a.last && p < at.end; ++p)
@@ -318,65 +335,44 @@ struct Planes {
 };
 
 void backward_prologue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
-  const int64_t count = at.count(panel), lanes = whole_tiles(count);  // lanes beyond `count` become zero
-  for (int64_t c = 0; c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf delta_bias = a.delta_bias ? load_part(a.delta_bias + channel, left) : vf{};
+  ALONG(SIDE * W, at.count(panel)) {
+    const int64_t channel = at.from(panel) + c;
+    Side delta_bias, D, bias, most = {}, dt, slope, dy, gate;
+    load_weights(a.delta_bias, channel, left, delta_bias);
+    load_weights(a.D, channel, left, D);
+    load_weights(a.bias, channel, left, bias);
     for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      const vf dt = load_part(row_of(a.delta, at, now.token[t], channel), left) + delta_bias;
-      store(k.d + o, dt);
-      store(k.u + o, load_part(row_of(a.u, at, now.token[t], channel), left));
-      store(k.dy + o, load_part(row_of(a.dy, at, now.token[t], channel), left));
-      if (a.softplus) store(k.slope + o, decay(dt));
-    }
-  }
-  for (int64_t c = 0; c < lanes; c += W) {
-    vf most = {};
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      vf dt = load(k.d + o), slope = splat(1.0f);
-      if (a.softplus) {
-        const vf w = load(k.slope + o);
-        slope = sigmoid(dt, w);
-        dt = softplus(dt, w);
+      const float* u = row_of(a.u, at, now.token[t], channel);
+      load_side(row_of(a.delta, at, now.token[t], channel), left, dt);
+      EACH dt[i] += delta_bias[i];
+      step_sizes<true>(a, dt, slope);
+      load_side(row_of(a.dy, at, now.token[t], channel), left, dy);
+      if (a.z.data) gates(row_of(a.z, at, now.token[t], channel), left, dy, gate);
+      if (a.gate.data) load_side(row_of(a.gate, at, now.token[t], channel), left, gate);
+      EACH {
+        const int64_t o = t * PANEL + c + i * W;
+        const vf ut = load_part(u + i * W, left - i * W);
+        store(k.d + o, dt[i]);
+        store(k.x + o, dt[i] * ut);
+        store(k.u + o, ut);
+        store(k.slope + o, slope[i]);
+        store(k.dy + o, dy[i]);
+        store(k.dx + o, vf{});
+        store(k.dd + o, vf{});
+        if (gated(a)) {
+          store(k.gate + o, gate[i]);
+          store(k.y + o, D[i] * ut + bias[i]);
+        }
+        most[i] = larger(absolute(dt[i]), most[i]);
       }
-      store(k.d + o, dt);
-      store(k.x + o, dt * load(k.u + o));
-      store(k.slope + o, slope);
-      store(k.dx + o, vf{});
-      store(k.dd + o, vf{});
-      most = larger(absolute(dt), most);
     }
-    store(k.reach + c, most);
-  }
-  for (int64_t c = 0; gated(a) && c < lanes; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
-    const vf D = a.D ? load_part(a.D + channel, left) : vf{}, bias = a.bias ? load_part(a.bias + channel, left) : vf{};
-    for (int64_t t = 0; a.gate.data && t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      store(k.gate + o, load_part(row_of(a.gate, at, now.token[t], channel), left));
-      store(k.y + o, D * load(k.u + o) + bias);
-    }
-    if (a.gate.data) continue;
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const vf z = load_part(row_of(a.z, at, now.token[t], channel), left);
-      store(k.gate + t * PANEL + c, z);
-      store(k.y + t * PANEL + c, decay(z));
-    }
-    for (int64_t t = 0; t < now.steps; ++t) {
-      const int64_t o = t * PANEL + c;
-      const vf z = load(k.gate + o), s = sigmoid(z, load(k.y + o)), dy = load(k.dy + o);
-      store(k.gate + o, dy * s * (1.0f + z * (1.0f - s)));
-      store(k.dy + o, dy * (z * s));
-      store(k.y + o, D * load(k.u + o) + bias);
-    }
-  }
+    store_side(k.reach + c, most, WHOLE);
+  });
 }
 
 void backward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t panel, const Planes& k) {
-  for (int64_t c = 0, count = at.count(panel); c < count; c += W) {
-    const int64_t channel = at.from(panel) + c, left = count - c;
+  ALONG(W, at.count(panel)) {
+    const int64_t channel = at.from(panel) + c;
     const vf D = a.D ? load_part(a.D + channel, left) : vf{};
     vf sum_D = {}, sum_delta = {}, sum_dy = {};
     for (int64_t t = 0; t < now.steps; ++t) {
@@ -401,7 +397,7 @@ void backward_epilogue(const Scan& a, const Place& at, const Chunk& now, int64_t
     add(a.dD, sum_D);
     add(a.ddelta_bias, sum_delta);
     add(a.dbias, sum_dy);
-  }
+  });
 }
 
 // The offset's own part: dC += dy offset, doffset += C dy.
@@ -571,17 +567,222 @@ void backward_task(const Scan& a, int64_t task, float* scratch) {
   }
 }
 
+// -- one state --------------------------------------------------------------------------------------------------------
+
+// With one state there is no loop over states that would pay for the prologue's scratch, and neighbouring channels are as
+// independent as states are. So a task walks along each token's row of its channels and does all at once, SIDE vectors at a
+// time; the state is one more row, in the nearest cache.
+
+constexpr int64_t ROW = PANELS * PANEL;  // floats of a row in scratch
+
+// What the tokens of a task share: rows in scratch, zero beyond `count` and where nothing was given.
+struct Weights {
+  float *A2, *D, *delta_bias, *bias, *offset;
+  static constexpr int64_t FLOATS = 5 * ROW;
+  int64_t channel, count;
+  bool falling;  // delta A <= 0 whatever the token
+
+  Weights(const Scan& a, const Place& at, float* p) {
+    for (float** row : {&A2, &D, &delta_bias, &bias, &offset}) *row = p, p += ROW;
+    channel = at.from(at.first);
+    count = at.from(at.end - 1) + at.count(at.end - 1) - channel;
+    clear(A2, FLOATS);
+    put(a.A, A2), put(a.D, D), put(a.delta_bias, delta_bias), put(a.bias, bias), put(a.offset, offset);
+    scale_A(A2, ROW);
+    falling = a.softplus;
+    for (int64_t c = 0; c < count; ++c) falling = falling && A2[c] <= 0;
+  }
+  void put(const float* source, float* row) const {
+    if (source) copy(row, source + channel, count);
+  }
+};
+
+// The token two steps later, or -1. Its row is asked for bit by bit: all at once would have to wait for each other.
+SVP_INLINE int64_t soon_after(const Scan& a, int64_t token) {
+  token += a.reverse ? -2 : 2;
+  return token >= 0 && token < a.length ? token : -1;
+}
+
+// delta, exp(delta A) and with SLOPE delta's derivative, of the channels from c on.
+template <bool FALLING, bool SLOPE, typename Left>
+SVP_INLINE void pace(const Scan& a, const Weights& w, const float* delta, int64_t c, Left left, Side& d, Side& f, Side& slope) {
+  load_side(delta + c, left, d);
+  EACH d[i] += load(w.delta_bias + c + i * W);
+  step_sizes<SLOPE>(a, d, slope);
+  EACH {
+    const vf t = d[i] * load(w.A2 + c + i * W);
+    f[i] = FALLING ? exp2_below(t) : exp2v(t);
+  }
+}
+
+// Where the state before a chunk is kept: the task's panels lie side by side.
+float* kept(const Scan& a, const Place& at, int64_t chunk) {
+  const int64_t chunks = (a.length + T - 1) / T;
+  return a.states + ((at.picture * chunks + chunk) * at.panels * a.groups + at.group * at.panels + at.first) * PANEL;
+}
+
+template <bool FALLING>
+void forward_one(const Scan& a, const Place& at, const Weights w, float* h) {
+  for (int64_t chunk = 0; chunk * T < a.length; ++chunk) {
+    const Chunk now(a, at, chunk);
+    if (a.states) copy(kept(a, at, chunk), h, (at.end - at.first) * PANEL);
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t token = now.token[t];
+      const float bt = now.b[t][0], ct = now.c[t][0];
+      const float *delta = row_of(a.delta, at, token, w.channel), *u = row_of(a.u, at, token, w.channel);
+      const float* add = a.add.data ? row_of(a.add, at, token, w.channel) : nullptr;
+      const float* z = a.z.data ? row_of(a.z, at, token, w.channel) : nullptr;
+      float* out = row_of(a.y, a, at, token, w.channel);
+      const int64_t soon = soon_after(a, token);
+      ALONG(SIDE * W, w.count) {
+        if (soon >= 0) prefetch<FORWARD_ROWS, SIDE * W>(a, at, soon, w.channel + c);
+        Side dt, f, y, slope;
+        pace<FALLING, false>(a, w, delta, c, left, dt, f, slope);
+        EACH {
+          const int64_t o = c + i * W;
+          const vf ut = load_part(u + o, left - i * W), ht = f[i] * load(h + o) + dt[i] * ut * bt;
+          store(h + o, ht);
+          y[i] = (ht + load(w.offset + o)) * ct + (load(w.D + o) * ut + load(w.bias + o));
+        }
+        finish(a, add ? add + c : nullptr, z ? z + c : nullptr, left, y);
+        store_side(out + c, y, left);
+      });
+    }
+  }
+}
+
+void forward_task_one(const Scan& a, int64_t task, float* scratch) {
+  const Place at(a, task);
+  const Weights w(a, at, scratch);
+  float* h = scratch + Weights::FLOATS;
+  clear(h, ROW);
+  w.put(a.h0 ? a.h0 + at.picture * a.h0_b : nullptr, h);
+  (w.falling ? forward_one<true> : forward_one<false>)(a, at, w, h);
+  if (a.last) copy(a.last + at.picture * a.channels + w.channel, h, w.count);
+}
+
+// What the backward recomputes of a chunk, each (T, ROW); h: h_{t-1}, and one row more.
+struct Kept {
+  float *d, *slope, *a, *h;
+  static constexpr int64_t FLOATS = (4 * T + 1) * ROW;
+  explicit Kept(float* p) {
+    for (float** rows : {&d, &slope, &a, &h}) *rows = p, p += T * ROW;
+  }
+};
+
+template <bool FALLING>
+void recompute_one(const Scan& a, const Place& at, const Weights w, const Chunk& now, const Kept k) {
+  for (int64_t t = 0; t < now.steps; ++t) {
+    const int64_t token = now.token[t];
+    const float bt = now.b[t][0];
+    const float *delta = row_of(a.delta, at, token, w.channel), *u = row_of(a.u, at, token, w.channel);
+    const int64_t soon = soon_after(a, token);
+    ALONG(SIDE * W, w.count) {
+      if (soon >= 0) prefetch<BACKWARD_ROWS, SIDE * W>(a, at, soon, w.channel + c);
+      Side dt, f, slope;
+      pace<FALLING, true>(a, w, delta, c, left, dt, f, slope);
+      EACH {
+        const int64_t o = t * ROW + c + i * W;
+        store(k.d + o, dt[i]);
+        store(k.slope + o, slope[i]);
+        store(k.a + o, f[i]);
+        store(k.h + o + ROW, f[i] * load(k.h + o) + dt[i] * load_part(u + c + i * W, left - i * W) * bt);
+      }
+    });
+  }
+}
+
+// From the chunk's last token to its first: carries g; sums (2, T, W): each token's dB and dC, not yet added over lanes.
+void back_one(const Scan& a, const Place& at, const Weights w, const Chunk& now, const Kept k, float* g, float* sums) {
+  const auto total = [&](float* share) { return share ? share + at.picture * a.channels + w.channel : nullptr; };
+  float *dA = total(a.dA), *doffset = total(a.doffset), *dD = total(a.dD), *dbias = total(a.dbias);
+  float* ddelta_bias = total(a.ddelta_bias);
+  for (int64_t t = now.steps - 1; t >= 0; --t) {
+    const int64_t token = now.token[t];
+    const float bt = now.b[t][0], ct = now.c[t][0];
+    const float *dout = row_of(a.dy, at, token, w.channel), *u = row_of(a.u, at, token, w.channel);
+    const float* z = a.z.data ? row_of(a.z, at, token, w.channel) : nullptr;
+    const float* gate = a.gate.data ? row_of(a.gate, at, token, w.channel) : nullptr;
+    float *du = row_of(a.du, a, at, token, w.channel), *ddelta = row_of(a.ddelta, a, at, token, w.channel);
+    float* dz = gated(a) ? row_of(a.dz, at, token, w.channel) : nullptr;
+    vf sumB = {}, sumC = {};
+    ALONG(SIDE * W, w.count) {
+      Side dy, gates_of_z;
+      load_side(dout + c, left, dy);
+      if (z) gates(z + c, left, dy, gates_of_z);
+      if (gate) load_side(gate + c, left, gates_of_z);
+      EACH {
+        const int64_t row = c + i * W, o = t * ROW + row, rest = left - i * W;
+        const auto add = [&](float* sum, vf part) __attribute__((always_inline)) {
+          if (sum) store_part(sum + row, load_part(sum + row, rest) + part, rest);
+        };
+        const vf dt = load(k.d + o), ut = load_part(u + row, rest), read = load(k.h + o + ROW) + load(w.offset + row);
+        const vf gt = load(g + row) + dy[i] * ct, dx = gt * bt, ga = gt * load(k.a + o), gh = ga * load(k.h + o);
+        const vf into = load(k.slope + o) * (dx * ut + gh * load(w.A2 + row) * LN2);
+        store(g + row, ga);
+        sumB += gt * (dt * ut);
+        sumC += dy[i] * read;
+        store_part(du + row, dx * dt + load(w.D + row) * dy[i], rest);
+        store_part(ddelta + row, into, rest);
+        if (dz) {
+          const vf y = read * ct + (load(w.D + row) * ut + load(w.bias + row));
+          store_part(dz + row, y * gates_of_z[i] + (a.add_dz ? load_part(dz + row, rest) : vf{}), rest);
+        }
+        add(dA, gh * dt);
+        add(doffset, dy[i] * ct);
+        add(dD, dy[i] * ut);
+        add(dbias, dy[i]);
+        add(ddelta_bias, into);
+      }
+    });
+    store(sums + t * W, sumB);
+    store(sums + (T + t) * W, sumC);
+  }
+}
+
+void backward_task_one(const Scan& a, int64_t task, float* scratch) {
+  const Place at(a, task);
+  const Weights w(a, at, scratch);
+  float *g = scratch + Weights::FLOATS, *sums = g + ROW;
+  const Kept k(sums + 2 * T * W);
+  const int64_t here = at.picture * a.channels + w.channel;
+  clear(g, ROW);
+  w.put(a.dlast ? a.dlast + at.picture * a.channels : nullptr, g);
+  for (float* total : {a.dA, a.doffset, a.dD, a.dbias, a.ddelta_bias})
+    if (total) clear(total + here, w.count);
+  for (int64_t chunk = (a.length + T - 1) / T - 1; chunk >= 0; --chunk) {
+    const Chunk now(a, at, chunk);
+    copy(k.h, kept(a, at, chunk), (at.end - at.first) * PANEL);
+    (w.falling ? recompute_one<true> : recompute_one<false>)(a, at, w, now, k);
+    back_one(a, at, w, now, k, g, sums);
+    float each[2 * T];
+    sum_rows(sums, now.steps, each);
+    sum_rows(sums + T * W, now.steps, each + T);
+    for (int64_t t = 0; t < now.steps; ++t) {
+      const int64_t row = ((at.block * a.batch + at.picture) * a.length + now.token[t]) * a.groups + at.group;
+      a.dB[row] = each[t];
+      a.dC[row] = each[T + t];
+    }
+  }
+  if (a.dh0) copy(a.dh0 + here, g, w.count);
+}
+
 }  // namespace
 
 int scan_forward(const Scan& a) {
-  const int64_t floats = 3 * PANELS * a.n * PANEL + 3 * PLANE + PANEL;
-  return parallel(tasks_of(a), a.threads, floats, [&](int64_t task, float* scratch) { forward_task(a, task, scratch); });
+  const bool one = a.n == 1;
+  const int64_t floats = one ? Weights::FLOATS + ROW : 3 * PANELS * a.n * PANEL + 3 * PLANE + PANEL;
+  const auto task = one ? forward_task_one : forward_task;
+  return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
 }
 
 int scan_backward(const Scan& a) {
-  const int64_t floats = (5 * PANELS + 1) * a.n * PANEL + 2 * KEPT + 2 * T * a.n * W + Planes::FLOATS;
-  const auto task = gated(a) ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
-                             : (a.dA ? backward_task<false, true> : backward_task<false, false>);
+  const bool one = a.n == 1;
+  const int64_t floats = one ? Weights::FLOATS + ROW + 2 * T * W + Kept::FLOATS
+                             : (5 * PANELS + 1) * a.n * PANEL + 2 * KEPT + 2 * T * a.n * W + Planes::FLOATS;
+  const auto task = one        ? backward_task_one
+                    : gated(a) ? (a.dA ? backward_task<true, true> : backward_task<true, false>)
+                               : (a.dA ? backward_task<false, true> : backward_task<false, false>);
   return parallel(tasks_of(a), a.threads, floats, [&](int64_t index, float* scratch) { task(a, index, scratch); });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if SVP_LEVEL > 0
 #include <immintrin.h>
 #endif
@@ -137,26 +138,65 @@ SVP_INLINE vf log1p_unit(vf w) {
   p = q * p + (2.0f / 3);
   return s * (q * p + 2.0f);
 #else  // a minimax polynomial, 5e-9: the quotient costs more than its shorter series saves
-  vf p = w * -0x1.a93364p-9f + 0x1.453f0cp-6f;
-  p = w * p - 0x1.d29cc8p-5f;
-  p = w * p + 0x1.b2535ep-4f;
-  p = w * p - 0x1.397562p-3f;
-  p = w * p + 0x1.92f696p-3f;
-  p = w * p - 0x1.ff0f88p-3f;
-  p = w * p + 0x1.554c80p-2f;
-  p = w * p - 0x1.ffffbep-2f;
-  return (w * w) * p + w;
+  const vf q = w * w;  // even and odd powers apart: two chains half as long
+  vf even = q * -0x1.a93364p-9f - 0x1.d29cc8p-5f, odd = q * 0x1.453f0cp-6f + 0x1.b2535ep-4f;
+  even = q * even - 0x1.397562p-3f;
+  odd = q * odd + 0x1.92f696p-3f;
+  even = q * even - 0x1.ff0f88p-3f;
+  odd = q * odd + 0x1.554c80p-2f;
+  even = q * even - 0x1.ffffbep-2f;
+  return q * (w * odd + even) + w;
 #endif
 }
 
-// What softplus and sigmoid of x are made of: exp(-|x|). Loops over many x take it in a pass of its own: a chain of
-// operations as long as both together leaves a processor nothing to overlap it with.
+// What softplus and sigmoid of x are made of: exp(-|x|).
 SVP_INLINE vf decay(vf x) { return exp2_below(absolute(x) * -LOG2E); }
 
 // max(x, 0) + log1p(exp(-|x|)); above 20 this is x to the last bit, as torch has it. Its derivative is the sigmoid.
 SVP_INLINE vf softplus(vf x, vf decay_x) { return larger(vf{}, x) + log1p_unit(decay_x); }
 SVP_INLINE vf sigmoid(vf x, vf decay_x) {
   return select(x > vf{}, splat(1.0f), decay_x) * reciprocal(decay_x + 1.0f);
+}
+
+// A few vectors side by side, each step for all of them before the next: a chain of operations as long as softplus leaves a
+// processor nothing to overlap it with.
+constexpr int SIDE = 4;
+typedef vf Side[SIDE];
+#define EACH for (int i = 0; i < SIDE; ++i)
+
+// body(c, left) from every `step` floats on; left, how many there are, is a constant except at the end.
+template <int step, typename Body>
+SVP_INLINE void along(int64_t count, Body body) {
+  int64_t c = 0;
+  for (; c + step <= count; c += step) body(c, std::integral_constant<int64_t, step>());
+  if (c < count) body(c, count - c);
+}
+#define ALONG(step, count) along<step>(count, [&](int64_t c, auto left) __attribute__((always_inline))
+
+constexpr std::integral_constant<int64_t, SIDE * W> WHOLE;
+
+template <typename Left>
+SVP_INLINE void load_side(const float* p, Left left, Side& x) {
+  EACH x[i] = load_part(p + i * W, left - i * W);
+}
+template <typename Left>
+SVP_INLINE void store_side(float* p, const Side& x, Left left) {
+  EACH store_part(p + i * W, x[i], left - i * W);
+}
+SVP_INLINE void sigmoids(const Side& x, Side& s) {
+  EACH s[i] = decay(x[i]);
+  EACH s[i] = sigmoid(x[i], s[i]);
+}
+// gate = dout silu'(z), and dy = dout silu(z) in the place of dout.
+template <typename Left>
+SVP_INLINE void gates(const float* z, Left left, Side& dy, Side& gate) {
+  Side zt, s;
+  load_side(z, left, zt);
+  sigmoids(zt, s);
+  EACH {
+    gate[i] = dy[i] * s[i] * (1.0f + zt[i] * (1.0f - s[i]));
+    dy[i] *= zt[i] * s[i];
+  }
 }
 
 // The lanes' sum of `count` vectors, in an order fixed by W alone.
