@@ -58,12 +58,13 @@ def main() -> None:
         "source": opt.source.rstrip("/").split("/")[-1], "val_pictures": len(data.val),
         "val_accuracy": at_64.accuracy, "val_top5": at_64.top5,
         "val_accuracy_at_32_px": at_32.accuracy, "val_top5_at_32_px": at_32.top5,
-        "epochs": recipe.epochs, "pictures_seen": recipe.epochs * len(data.train), "recipe": run.result["recipe"],
+        "pictures_seen": recipe.epochs * len(data.train),
+        "stages": [{"img_size": 64, "epochs": recipe.epochs, "recipe": run.result["recipe"]}],
         "seconds": run.result["timing"]["seconds"], "device": device_words(run.result), "torch": torch.__version__,
         "curve": curve(opt.out / "run"),
     }  # fmt: skip
     (opt.out / "facts.json").write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in facts.items() if k != "curve"}, default=str))
+    print(json.dumps({k: v for k, v in facts.items() if k not in ("curve", "stages")}, default=str))
 
 
 def share(split, fraction: float, seed: int = 0):
@@ -87,7 +88,7 @@ def measured(name: str, path: Path, img_size: int, data, opt: argparse.Namespace
 
 def device_words(result: dict) -> str:
     device = torch.device(result["timing"]["device"])
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU core(s)"
 
 
 def curve(run: Path) -> list[dict]:

@@ -36,6 +36,7 @@ TEXT = (
     "paper",
     "ours",
     "left out",
+    "numbers",
 )  # columns that are set flush left
 SAID = {"ours": "Ours", "left-out": "Left out"}  # table: how docstrings begin what is in it
 RESULTS = DOCS / "results"
@@ -75,6 +76,8 @@ def table(name: str) -> str:
         return PARTS[part](found)
     if kind == "methods":
         return methods_on(part, found)
+    if kind == "gpu":
+        return gpu_scan(found) if part == "scan" else gpu_step(found)
     if "lora" in found:
         return lora_rows(found)
     return model_card(found) if "stages" in found else results(found)
@@ -171,13 +174,15 @@ def measured_on(backbone: str, found: dict, methods: int) -> str:
 def model_card(facts: dict) -> str:
     """What benchmarks/pretrain.py writes to facts.json: how a shipped backbone was trained and what it reaches."""
     percent = {key: f"{100 * facts[key]:.1f} %" for key in facts if key.startswith("val_") and key != "val_pictures"}
-    r = facts["recipe"]
-    mixed = [f"{name} {r[name]:g}" for name in ("mixup", "cutmix", "drop_path") if r[name]]
     rows = [("numbers", f"{facts['parameters']:,}, stored as fp16"), ("trained on", f"`{facts['source']}`, training split"),
-            ("pictures seen", f"{facts['pictures_seen']:,} in {facts['epochs']} epochs"), ("time", f"{facts['seconds'] / 60:.0f} minutes on {facts['device']}"),
-            ("recipe", ", ".join([f"batch {r['batch_size']}, AdamW, lr {r['lr']:g}, weight decay {r['weight_decay']:g}, {r['schedule']}, random crops", *mixed])),
-            (f"validation at 64 px ({facts['val_pictures']:,} pictures)", f"top-1 {percent['val_accuracy']}, top-5 {percent['val_top5']}"),
-            ("validation at 32 px", f"top-1 {percent['val_accuracy_at_32_px']}, top-5 {percent['val_top5_at_32_px']}")]  # fmt: skip
+            ("pictures seen", f"{facts['pictures_seen']:,}"), ("time", f"{facts['seconds'] / 60:.0f} minutes on {facts['device']}")]  # fmt: skip
+    for stage in facts["stages"]:
+        r = stage["recipe"]
+        mixed = [f"{name} {r[name]:g}" for name in ("mixup", "cutmix", "drop_path") if r[name]]
+        words = f"{stage['epochs']} epoch{'s' * (stage['epochs'] > 1)}, batch {r['batch_size']}, AdamW, lr {r['lr']:g}, weight decay {r['weight_decay']:g}, cosine"
+        rows.append((f"stage at {stage['img_size']} px", ", ".join([words, *mixed])))
+    rows += [(f"validation at 64 px ({facts['val_pictures']:,} pictures)", f"top-1 {percent['val_accuracy']}, top-5 {percent['val_top5']}"),
+             ("validation at 32 px", f"top-1 {percent['val_accuracy_at_32_px']}, top-5 {percent['val_top5_at_32_px']}")]  # fmt: skip
     return markdown(("what it is", "file"), rows).replace("what it is | file", " | ", 1)
 
 
@@ -238,6 +243,44 @@ def source(text: str) -> str:
     """`digits`, or of a path the last part: folders of somebody's machine are of no use to a reader."""
     kind, colon, path = text.partition(":")
     return f"`{kind}:{Path(path).name}/`" if colon else f"`{text}`"
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def gpu_scan(found: dict) -> str:
+    """What benchmarks/gpu.py wrote: one direction of Vim-S's scan, ours, mamba_ssm's, and the bound."""
+    heads = ("numbers", "tokens", "row", "forward, ms", "with backward, ms", "forward / bound")
+    lines = []
+    for run in found["scan"]:
+        bound = max(run["bound_forward"].values())
+        for row, times in run["ms"].items():
+            forward, both = (times[key][0] for key in ("forward", "forward_backward"))
+            kind = run["dtype"].removeprefix("torch.")
+            lines.append((kind, f"{run['tokens']:,}", row, f"{forward:.2f}", f"{both:.2f}", f"{forward / bound:.1f}"))
+    m = found["machine"]
+    return (
+        markdown(heads, lines)
+        + f"\n{m['gpu']}, batch {found['batch']}, medians; torch {m['torch']}, triton {m['triton']}; largest errors against float64: "
+        + ", ".join(f"{op} {error:.0e}" for op, error in found["errors"].items())
+        + "; two runs gave the same bits; `benchmarks/gpu.py`.\n"
+    )
+
+
+def gpu_step(found: dict) -> str:
+    """What `svp bench --device cuda --json` wrote, of one size."""
+    (run,) = found["runs"]
+    words = {"train": "step", "infer": "inference"}
+    lines = [
+        (words[line["what"]], line["row"], f"{1e3 * line['seconds']['min']:.1f}", f"{1e3 * line['seconds']['median']:.1f}",
+         f"{run['batch_size'] / line['seconds']['min']:,.0f}", shown(line["speed_over_vit"], ".2f"))
+        for line in run["rows"]
+    ]  # fmt: skip
+    return (
+        markdown(("part", "row", "ms, least", "median", "images/s", "of ViT's speed"), lines)
+        + f"\n{found['asked']['backbone']}, {run['img_size']} px, batch {run['batch_size']}, {found['asked']['amp']}; "
+        + "`svp bench --device cuda --amp bf16 --img-size 224 --batch-size 96 --only ours,mamba_ssm,vit`.\n"
+    )
 
 
 # -- svp bench ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import cache
 
 import torch
 
@@ -27,6 +28,12 @@ def missing() -> str | None:
     found = torch.cuda.get_device_capability()
     if found < CAPABILITY:
         return f"the GPU is of compute capability {found[0]}.{found[1]}, Triton needs {CAPABILITY[0]}.{CAPABILITY[1]}"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if not _compiler(os.environ.get("CC"), os.environ.get("PATH")):
         return "Triton needs a C compiler to launch what it compiled: install gcc, or name one in CC"
     return None
+
+
+@cache  # every call of an op asks, and looking through PATH takes longer than launching a kernel
+def _compiler(named: str | None, path: str | None) -> str | None:
+    """A C compiler: the one that CC names, or one on PATH."""
+    return named or shutil.which("gcc", path=path) or shutil.which("clang", path=path)

@@ -19,10 +19,10 @@ def mixer(xz: Tensor, forward, backward, scale: float, kernel: str) -> Tensor:
 def one_way(x: Tensor, w, reverse: bool, kernel: str) -> Tensor:
     """x (b, l, e) -> the scan of one direction with its skip term (b, l, e)."""
     u = causal_conv1d(x, w.conv, w.conv_bias, activation="silu", past=w.past, reverse=reverse, kernel=kernel)
-    code = F.linear(u, w.x_proj, w.x_proj_bias)  # (b, l, r + 2n)
     r, n = w.dt_proj.shape[1], w.A.shape[1]
-    delta = F.linear(code[..., :r], w.dt_proj)  # (b, l, e)
+    code, B, C = F.linear(u, w.x_proj, w.x_proj_bias).split([r, n, n], dim=-1)  # (b, l, r), (b, l, n) each
+    delta = F.linear(code, w.dt_proj)  # (b, l, e)
     return selective_scan(  # type: ignore[return-value]
-        u, delta, w.A, code[..., r : r + n], code[..., r + n :], w.D, delta_bias=w.dt_bias, delta_softplus=True,
+        u, delta, w.A, B, C, w.D, delta_bias=w.dt_bias, delta_softplus=True,
         h0=w.h0, offset=w.offset, bias=w.bias, reverse=reverse, kernel=kernel,
     )  # fmt: skip

@@ -244,10 +244,10 @@ def _forward(
         z += channel
     known = state < n
     # a token's row is asked for while the token before it is computed; B and C are needed only after the exponentials
-    next_u = tl.load(u, mask=inside & (length > 0), other=0.0)
-    next_d = tl.load(delta, mask=inside & (length > 0), other=0.0)
+    next_u = tl.load(u, mask=inside, other=0.0)
+    next_d = tl.load(delta, mask=inside, other=0.0)
     if z is not None:
-        next_z = tl.load(z, mask=inside & (length > 0), other=0.0)
+        next_z = tl.load(z, mask=inside, other=0.0)
     for t in range(length):
         if states is not None:
             if t % T == 0:
@@ -340,7 +340,7 @@ def _backward(
         ds, xs, out, ys = (), (), (), ()
         for t in tl.static_range(T):
             is_token = start + t < length
-            x = us[t].to(tl.float32)
+            x: tl.tensor = us[t].to(tl.float32)
             d = tl.where(is_token, _step(raw[t].to(tl.float32), step, SOFTPLUS), 0.0)  # 0 leaves the state as it is
             ds = ds + (d,)
             xs = xs + (d * x,)
