@@ -348,11 +348,11 @@ def scan_one_way(
     A = negative_exp(w[a_name])  # (e, n)
     n = A.shape[1]
     p = linear(x_proj, w, f"x_proj{twin}", u)  # (b, l, r + 2n): delta's code, B, C
-    r = p.shape[-1] - 2 * n
-    delta = linear(dt_proj, w, f"dt_proj{twin}", p[..., :r], bias=False)  # (b, l, e)
+    code, B, C = p.split([p.shape[-1] - 2 * n, n, n], dim=-1)
+    delta = linear(dt_proj, w, f"dt_proj{twin}", code, bias=False)  # (b, l, e)
     delta_bias = w.get(f"dt_proj{twin}.bias") if is_plain(dt_proj) else None
     return selective_scan(
-        u, delta, A, p[..., r : r + n], p[..., r + n :], w["D" + twin], delta_bias=delta_bias, delta_softplus=True,
+        u, delta, A, B, C, w["D" + twin], delta_bias=delta_bias, delta_softplus=True,
         h0=memory.h0, offset=memory.offset, bias=memory.bias, reverse=reverse, kernel=kernel,
     )  # fmt: skip
 

@@ -76,9 +76,6 @@ class EvalTransform:
         left, top = round((picture.width - w) / 2.0), round((picture.height - h) / 2.0)
         return picture.crop((left, top, left + w, top + h))
 
-    def tensor(self, picture: Image.Image) -> Tensor:
-        return self.normalised(self.pixels(picture))
-
     def pixels(self, picture: Image.Image) -> Tensor:
         """(3, H, W), uint8."""
         return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
@@ -170,7 +167,8 @@ class Pictures(Dataset):
 
     Decoded pictures (for evaluation: cropped ones) are kept while all of the split fits `cache_bytes`; see `Kept`.
     random   whether the transform varies; None: as it says itself, else yes
-    in_bytes   give (3, H, W) in uint8, for the transform's `normalised` to finish whole batches of
+
+    Where in_bytes is set, tensors are (3, H, W) in uint8, and the transform's `normalised` finishes whole batches of them.
     """
 
     def __init__(
@@ -180,9 +178,8 @@ class Pictures(Dataset):
         seed: int = 0,
         random: bool | None = None,
         cache_bytes: int = LIMIT_BYTES,
-        in_bytes: bool = False,
     ):
-        self.in_bytes = in_bytes
+        self.in_bytes = False
         self.split, self.transform, self.seed, self.epoch = split, transform, seed, 0
         self.random = getattr(transform, "is_random", True) if random is None else random
         self.crops = isinstance(transform, EvalTransform) and not transform.is_random

@@ -23,7 +23,6 @@ from svp.ops import gpu
 from svp.ops.causal_conv1d.operator import declare
 
 SPAN, ROWS, BLOCK = 32, 4, 64  # tokens of a program, rows asked for together, channels
-HALF = (torch.float32, torch.bfloat16, torch.float16)  # are read as they are
 
 
 def missing() -> str | None:
