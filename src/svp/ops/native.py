@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svp.errors import SvpError
 
-ABI = 4  # must equal ABI of csrc/interface.cpp
+ABI = 5  # must equal ABI of csrc/interface.cpp
 ENV = "SVP_ISA"  # forces a level by name
 # the generic source is written in vectors of 4, which are NEON's on arm64
 LEVELS = ("neon" if platform.machine().lower() in ("arm64", "aarch64") else "generic", "avx2", "avx512")

@@ -40,15 +40,24 @@ def backward(dy, x, weight, bias, past, silu, reverse, needs):
     b, _, e = x.shape
     taps = weight.shape[1]
     dx = x.new_empty(x.shape)
-    dweight = x.new_empty(b, taps + 1, e) if needs[0] else None  # each picture's share, the bias last
+    dweight = weight_shares(x, taps) if needs[0] else None
     dpast = x.new_zeros(b, taps - 1, e) if needs[1] else None
     call = conv_call(x, weight, bias, past, silu, reverse)
     call.put(dy=dy, y=dx, dweight=dweight, dpast=dpast)
     call.run("svp_conv_backward")
     return (
-        dx, x.new_empty(0) if dweight is None else dweight.sum(0),
+        dx, x.new_empty(0) if dweight is None else dweight.sum((0, 1)),
         x.new_empty(0) if dpast is None else dpast.transpose(1, 2).contiguous(),
     )  # fmt: skip
+
+
+SPAN = 32  # kernels.h: tokens of a task
+
+
+def weight_shares(x: Tensor, taps: int) -> Tensor:
+    """Room for each span's share of dweight, the bias last: (spans, b, taps + 1, e)"""
+    b, l, e = x.shape
+    return x.new_empty((l + SPAN - 1) // SPAN, b, taps + 1, e)
 
 
 class _Conv(ctypes.Structure):  # kernels.h: Conv

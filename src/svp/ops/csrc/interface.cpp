@@ -7,7 +7,7 @@ using namespace svp;
 
 namespace {
 
-constexpr int ABI = 4;  // python's native.py must agree
+constexpr int ABI = 5;  // python's native.py must agree
 
 bool has(int level) {
 #if defined(SVP_HAS_LEVEL_2)

@@ -53,6 +53,8 @@ struct Scan {
   int softplus, reverse, add_dz, threads;
 };
 
+constexpr int64_t SPAN = 32;  // tokens of a task of the convolution, whose cpu.py must agree
+
 struct Conv {
   Rows x, dy;                       // (b, l, e); dy in the backward pass
   const float* weight;              // (taps, e)
@@ -61,7 +63,7 @@ struct Conv {
   int64_t past_b;
   OutRows y;                        // (b, l, e): y forward, dx backward
   float* slope;                     // (b, l, e) dense or null: dy/dp, which the forward leaves and the backward then reads
-  float* dweight;                   // (b, taps + 1, e) each picture's share, the bias last; or null when frozen
+  float* dweight;                   // (spans, b, taps + 1, e) each span's share, the bias last; or null when frozen
   float* dpast;                     // (b, taps - 1, e) or null
   int64_t batch, length, channels, taps;
   int silu, reverse, accumulate, threads;  // accumulate: dx is added to what is there

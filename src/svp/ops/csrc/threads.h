@@ -3,8 +3,13 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
-#ifndef _OPENMP
+
 #include <atomic>
+#include <memory>
+#include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#else
 #include <exception>
 #include <thread>
 #include <vector>
@@ -37,9 +42,11 @@ struct FlushSubnormals {
 constexpr int OUT_OF_MEMORY = 1;
 
 // Runs work(task, scratch) for every task; each thread has `floats` of scratch. Returns 0 or OUT_OF_MEMORY.
+//
+// A thread begins with its own run of neighbours: what it wrote in one kernel it reads in the next, and no two threads
+// walk side by side through rows that a processor fetches ahead for the other. When its run is done it helps with the rest.
 template <typename Work>
 int parallel(int64_t tasks, int threads, int64_t floats, Work work) {
-  int failed = 0;
   if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads <= 1) {
     [[maybe_unused]] const FlushSubnormals flush;
@@ -48,36 +55,40 @@ int parallel(int64_t tasks, int threads, int64_t floats, Work work) {
     for (int64_t task = 0; task < tasks; ++task) work(task, scratch.data);
     return 0;
   }
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    [[maybe_unused]] const FlushSubnormals flush;
-    Scratch scratch(floats);
-    if (!scratch.data) failed = OUT_OF_MEMORY;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; ++task)
-      if (scratch.data) work(task, scratch.data);
+  struct alignas(64) Run {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  const std::unique_ptr<Run[]> runs(new (std::nothrow) Run[threads]);
+  if (!runs) return OUT_OF_MEMORY;
+  for (int i = 0; i < threads; ++i) {
+    runs[i].next = tasks * i / threads;
+    runs[i].end = tasks * (i + 1) / threads;
   }
-#else
-  std::atomic<int64_t> next{0};
-  std::atomic<int> out{0};
-  auto run = [&] {
+  std::atomic<int> failed{0};
+  const auto member = [&](int number) {
     [[maybe_unused]] const FlushSubnormals flush;
     Scratch scratch(floats);
     if (!scratch.data) {
-      out = OUT_OF_MEMORY;
+      failed = OUT_OF_MEMORY;
       return;
     }
-    for (int64_t task; (task = next++) < tasks;) work(task, scratch.data);
+    for (int i = 0; i < threads; ++i) {
+      Run& run = runs[(number + i) % threads];
+      for (int64_t task; (task = run.next++) < run.end;) work(task, scratch.data);
+    }
   };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  member(omp_get_thread_num());
+#else
   std::vector<std::thread> team;
   try {
-    for (int i = 1; i < threads; ++i) team.emplace_back(run);
+    for (int i = 1; i < threads; ++i) team.emplace_back(member, i);
   } catch (const std::exception&) {  // no more threads to be had: those that are do it
   }
-  run();
-  for (auto& member : team) member.join();
-  failed = out;
+  member(0);
+  for (auto& other : team) other.join();
 #endif
   return failed;
 }

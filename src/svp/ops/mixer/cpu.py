@@ -14,7 +14,7 @@ from torch.library import Library, impl, register_autograd, register_fake
 
 from svp.errors import SvpError
 from svp.ops import native
-from svp.ops.causal_conv1d.cpu import conv_call
+from svp.ops.causal_conv1d.cpu import conv_call, weight_shares
 from svp.ops.mixer import Direction
 from svp.ops.native import Call, Rows, fields, room, threads
 from svp.ops.selective_scan.cpu import backward_shares, saved_shape, scan_call
@@ -173,7 +173,7 @@ class Grads:
     def convolution(self, parts: tuple[Tensor | None, Tensor | None], some: slice) -> None:
         dweight, dpast = parts
         if dweight is not None:
-            total = dweight.sum(0)  # (taps + 1, e), the bias last
+            total = dweight.sum((0, 1))  # (taps + 1, e), the bias last
             if self.asked["conv"]:
                 self.add("conv", total[:-1].T)
             if self.asked["conv_bias"]:
@@ -192,7 +192,7 @@ class Grads:
 
 # -- its steps ---------------------------------------------------------------------------------------------------------
 
-GROUP_BYTES = 2**22  # of one (b, l, e) tensor; fixed, so that sums over pictures have one order
+GROUP_BYTES = 5 * 2**19  # of one (b, l, e) tensor; fixed, so that sums over pictures have one order
 
 
 def groups(b: int, l: int, e: int) -> list[slice]:
@@ -217,7 +217,7 @@ def convolve(x: Tensor, w: Direction, some: slice, k: int, u: Tensor, slope: Ten
 def convolve_backward(x, w, some, k, du, slope, dx, asked) -> tuple[Tensor | None, Tensor | None]:
     b, _, e = x.shape
     taps = w.conv.shape[1]
-    dweight = x.new_empty(b, taps + 1, e) if asked["conv"] or asked["conv_bias"] else None
+    dweight = weight_shares(x, taps) if asked["conv"] or asked["conv_bias"] else None
     dpast = x.new_zeros(b, taps - 1, e) if asked["past"] else None
     call = conv_call(x, w.conv, w.conv_bias, _of(w.past, some), True, k == 1)
     call.args.accumulate = k == 1  # the first direction wrote its part
