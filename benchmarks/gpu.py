@@ -45,7 +45,7 @@ def main() -> None:
     device = "cpu" if gpu.interpreted() else "cuda"
     shape = (1, 5, 3, 2) if options.dry else (2, 197, CHANNELS, options.states)
     report: dict = {"machine": machine(device), "batch": options.batch, "errors": {}, "scan": []}
-    for op in ("selective_scan", "causal_conv1d"):
+    for op in ("selective_scan", "causal_conv1d", "add_norm"):
         found = compare(op, "triton", device, shape)
         if not found.is_right:
             sys.exit(f"{op} is wrong: {found.worst} is off by {found.error:.1e}")

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
+import svp
 from svp.errors import SvpError
 from svp.ops import dispatch, native, selective_scan
 from svp.ops.dispatch import Kernel, pick, table
@@ -106,3 +108,12 @@ def test_a_broken_library_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "HERE", tmp_path / "nowhere")
     monkeypatch.setattr(sys, "path", [])
     assert native._load() == (None, native.NOT_BUILT)
+
+
+def test_a_network_that_never_ran_compiles_whole(monkeypatch):
+    monkeypatch.setattr(dispatch, "FUNCTIONS", types.ModuleType("nothing_is_loaded_yet"))
+    net = svp.create_backbone("vim_nano", depth=2, img_size=32)
+    model = svp.adapt(net, "svp", num_classes=3, probe=False).eval()
+    images = torch.randn(1, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), model(images))

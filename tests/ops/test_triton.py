@@ -16,6 +16,7 @@ import svp
 from support import assert_close
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, gpu, selective_scan
+from svp.ops.add_norm import Term, add_norm
 from svp.ops.dispatch import table
 
 if importlib.util.find_spec("triton") is None:
@@ -290,6 +291,68 @@ def test_the_convolution_of_halves(dtype):
         assert_close(got[name].double().cpu(), t, name, 4 * torch.finfo(dtype).eps)
 
 
+# -- sum and norm ------------------------------------------------------------------------------------------------------
+
+
+def sums(acts, skip=()):
+    """add_norm as a function of named tensors: x, weight, residual, and pre and scale of each summand."""
+
+    def op(x, weight, kernel, residual=None, **t):
+        terms = tuple(Term(t[f"pre{j}"], t.get(f"scale{j}"), act) for j, act in enumerate(acts))
+        return add_norm(x, residual, weight, 1e-5, terms=terms, skip=skip, kernel=kernel)
+
+    return op
+
+
+def sum_inputs(b, l, d, count, scale=(), leave_out=()):
+    """scale: the shape of each summand's, or ()."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": (b, l, d), "residual": (b, l, d), "weight": (d,), **{f"pre{j}": (b, l, d) for j in range(count)}}
+    shapes |= {f"scale{j}": scale for j in range(count) if scale}
+    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items() if k not in leave_out}
+
+
+@runs
+@pytest.mark.parametrize("leave_out,skip", [((), (4,)), ((), (0, 8)), (("residual",), ())])
+@pytest.mark.parametrize("scale", [(5,), (1,), ()])
+@pytest.mark.parametrize("acts", [(), ("silu",), ("silu", "none"), ("gelu", "silu", "none", "silu")])
+def test_sum_and_norm_are_the_reference(acts, scale, leave_out, skip):
+    # one scale for all channels has as its gradient one sum of terms of both signs
+    tolerances = (OUT, 2e-4 if scale == (1,) else GRAD)
+    compare(sums(acts, skip), sum_inputs(2, 9, 5, len(acts), scale, leave_out), tolerances=tolerances)
+
+
+@runs
+@pytest.mark.parametrize(
+    "b,l,d", [(1, 1, 1), (0, 3, 4), (2, 0, 4), (1, 17, 130), pytest.param(8, 197, 384, marks=on_gpu)]
+)
+def test_sum_and_norm_of_any_shape(b, l, d):
+    compare(sums(("silu", "none"), (0,) if l else ()), sum_inputs(b, l, d, 2, (d,)), frozen=("weight",))
+
+
+@runs
+def test_sum_and_norm_read_views_and_halves():
+    """Two summands that are halves of one product, x and they in half precision: what a training step under bf16 has."""
+    g = torch.Generator().manual_seed(0)
+    x, both = (torch.randn(2, 9, d, generator=g).to(torch.bfloat16).double() for d in (6, 12))
+    residual, weight, scale = (torch.randn(s, generator=g).double() for s in ((2, 9, 6), (6,), (6,)))
+    found = {}
+    for kernel, device, wide, half in (
+        ("reference", "cpu", torch.float64, torch.float64), ("triton", DEVICE, torch.float32, torch.bfloat16)
+    ):  # fmt: skip
+        leaves = [t.to(device, half, copy=True).requires_grad_() for t in (x, both)]
+        leaves += [t.to(device, wide, copy=True).requires_grad_() for t in (residual, weight, scale)]
+        first, second = leaves[1].split(6, -1)
+        terms = Term(first, leaves[4], "silu"), Term(second, leaves[4])
+        h, stream = add_norm(leaves[0], leaves[2], leaves[3], 1e-5, terms=terms, skip=(4,), kernel=kernel)
+        (h * stream).sum().backward()
+        assert h.dtype == stream.dtype == wide
+        assert [t.grad.dtype for t in leaves] == [t.dtype for t in leaves]
+        found[kernel] = [t.detach().double().cpu() for t in (h, stream, *(leaf.grad for leaf in leaves))]
+    for i, (got, want) in enumerate(zip(found["triton"], found["reference"], strict=True)):
+        assert_close(got, want, f"tensor {i}", GRAD if i in (0, 1, 4, 5, 6) else 4 * torch.finfo(torch.bfloat16).eps)
+
+
 # -- as torch's operators ----------------------------------------------------------------------------------------------
 
 NAMES = ("u", "delta", "A", "B", "C", *OPTIONAL)
@@ -305,7 +368,7 @@ def scan_args(*shape, leave_out=(), device=DEVICE):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at it itself
 @pytest.mark.parametrize("leave_out", [(), OPTIONAL])
 def test_the_ops_are_what_torch_expects(leave_out):
-    for op in ("selective_scan", "causal_conv1d"):
+    for op in ("selective_scan", "causal_conv1d", "add_norm"):
         importlib.import_module(f"svp.ops.{op}.triton")  # registers it
     check, ops = torch.library.opcheck, torch.ops.svp
     plain = scan_args(1, 3, 2, 1, leave_out=leave_out)
@@ -319,6 +382,10 @@ def test_the_ops_are_what_torch_expects(leave_out):
     conv = [inputs[k].to(DEVICE, torch.float32) if k in inputs else None for k in ("x", "weight", "bias", "past")]
     check(ops.conv_triton.default, ([t if t is None else t.clone().requires_grad_() for t in conv] + [True, True]))
     check(ops.conv_triton_backward.default, (conv[0], *conv, True, True, [not leave_out] * 2))
+    x, add, pre, scale, weight = (torch.randn(s, device=DEVICE) for s in ((1, 3, 4), (1, 3, 4), (1, 3, 4), (4,), (4,)))
+    given = (None, None, None) if leave_out else (add, pre, scale)
+    sums = [t if t is None else t.requires_grad_() for t in (x, *given, None, None, weight)]
+    check(ops.add_norm_triton.default, (*sums, 1e-5, [True, False], [1]))
 
 
 @runs
@@ -421,7 +488,7 @@ def test_an_absent_package_is_named(monkeypatch):
 class Launches:
     """Stands in for a kernel: keeps what it would be launched with, and compiles it for a GPU that need not be here."""
 
-    POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
     def __init__(self, kernel):
         self.kernel, self.made = kernel, []
@@ -440,9 +507,10 @@ class Launches:
         given = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
         fixed = {k: v for k, v in given.items() if v is None or k in options}
         kinds = {
-            k: "constexpr" if k in fixed else self.POINTERS[given[k].dtype] if torch.is_tensor(given[k]) else "i32"
+            k: "constexpr" if k in fixed else self.POINTERS[given[k].dtype] if torch.is_tensor(given[k])
+            else "fp32" if isinstance(given[k], float) else "i32"
             for k in names
-        }
+        }  # fmt: skip
         whole = [k for k, v in given.items() if torch.is_tensor(v) and v.data_ptr() % 16 == 0]
         source = ASTSource(self.kernel, kinds, fixed, {(names.index(k),): [["tt.divisibility", 16]] for k in whole})
         found = triton.compile(
@@ -550,3 +618,21 @@ def test_the_convolution_compiles_and_does_not_spill(launches, capability, given
     registers, stack, shared, _ = recorder.compiled(capability)
     print(f"sm_{capability}: {registers} registers, {stack} bytes of stack, {shared} bytes of shared memory")
     assert stack == 0 or taps > 4
+
+
+@compiles
+@pytest.mark.parametrize("capability", WHERE)
+@pytest.mark.parametrize("width", [384, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_sum_and_norm_compile_and_do_not_spill(launches, capability, width, name):
+    module, recorder = launches("add_norm", name)
+    x, pre = (torch.zeros(1, 9, width, dtype=torch.bfloat16) for _ in range(2))
+    stream, scale = torch.zeros(1, 9, width), torch.zeros(width)
+    rest = pre, scale, pre, scale[:1], scale, 1e-5, [True, False], [4]
+    if name == "_forward":
+        module.forward(x, stream, *rest)
+    else:
+        module.backward(stream, stream, stream, *rest, True)
+    registers, stack, shared, _ = recorder.compiled(capability)
+    print(f"sm_{capability}: {registers} registers, {stack} bytes of stack, {shared} bytes of shared memory")
+    assert stack == 0

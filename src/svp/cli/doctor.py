@@ -254,8 +254,8 @@ def comparisons(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if row["reason"] is None and row["kernel"] != "reference"
     ]
-    if ("cpu", "selective_scan", "cpu") in fast:
-        fast += [("cpu", op, "cpu") for op in COMPOSED]
+    scans = [(device, kernel) for device, op, kernel in fast if op == "selective_scan"]
+    fast += [(device, op, kernel) for device, kernel in scans for op in COMPOSED.get(kernel, ())]
     made = [(device, compare(op, kernel, device)) for device, op, kernel in fast]
     return [{**c._asdict(), "device": device, "is_right": c.is_right} for device, c in made]
 

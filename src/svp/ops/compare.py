@@ -129,4 +129,4 @@ OPS: dict[str, tuple[Callable, Callable]] = {
     "selective_scan": (_scan, _scan_inputs), "causal_conv1d": (_conv, _conv_inputs), "mixer": (_mixer, _mixer_inputs),
     "add_norm": (_add_norm, _add_norm_inputs),
 }  # fmt: skip
-COMPOSED = ("mixer", "add_norm")  # made of the others but on the kernel "cpu"
+COMPOSED = {"cpu": ("mixer", "add_norm"), "triton": ("add_norm",)}  # by kernel; elsewhere they are made of other ops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from svp.errors import SvpError, unknown
 from svp.ops.gpu import interpreted
 
 ENV = "SVP_KERNEL"  # overrides "auto"
-# by target, once loaded: torch.compile reads a table where it cannot follow an import
-FUNCTIONS: dict[str, Callable] = {}
+# by target (a slash for each dot), once loaded. torch.compile cannot follow an import, and takes a table as it was when
+# first met; of a module it reads what is there now.
+FUNCTIONS = types.ModuleType("svp.ops.dispatch.FUNCTIONS")
 
 
 class Kernel(NamedTuple):
@@ -51,7 +53,7 @@ class Kernel(NamedTuple):
 
     def function(self) -> Callable:
         """What a kernel without a reason against it is called by."""
-        return FUNCTIONS[self.target]
+        return getattr(FUNCTIONS, self.target.replace(".", "/"))
 
 
 class Row(NamedTuple):
@@ -126,7 +128,7 @@ def missing(target: str) -> str | None:
         if err.name is None or err.name.startswith("svp"):
             raise
         return f"{err.name} is not installed"
-    FUNCTIONS[target] = getattr(module, name)
+    setattr(FUNCTIONS, target.replace(".", "/"), getattr(module, name))
     return module.missing() if hasattr(module, "missing") else None
 
 

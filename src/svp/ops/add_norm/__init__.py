@@ -21,6 +21,7 @@ class Term(NamedTuple):
 
 KERNELS = (
     Kernel("cpu", "svp.ops.add_norm.cpu:add_norm", "cpu", (torch.float32,)),
+    Kernel("triton", "svp.ops.add_norm.triton:add_norm", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
     Kernel("reference", "svp.ops.add_norm.reference:add_norm"),
 )
 
@@ -53,5 +54,5 @@ def add_norm(
             "(b, l, d), (d,) and (b, l, d)"
         )
     kernel = environment() if kernel == "auto" else kernel
-    named = kernel if kernel in ("auto", "cpu") else "reference"
+    named = kernel if kernel in ("auto", "cpu", "triton") else "reference"
     return pick(KERNELS, named, x)(x, residual, weight, eps, terms, skip)

@@ -41,7 +41,7 @@ struct Picture {
 // What a block reads and writes: `x` begins taps - 1 tokens before it, `q` (made of dy and slope) ends as many after it.
 struct Block {
   std::vector<const float*> x, dy, slope;
-  float *y[SIDE], *left[SIDE];
+  float *y[SIDE], *out_slope[SIDE];
   explicit Block(int64_t taps) : x(taps - 1 + SIDE), dy(taps - 1 + SIDE), slope(taps - 1 + SIDE) {}
 };
 
@@ -59,7 +59,7 @@ void forward_block(const Conv& a, const Block& block) {
     if (silu) sigmoids(p, s);
     EACH {
       store_part(block.y[i] + c, silu ? p[i] * s[i] : p[i], left);
-      if (slopes) store_part(block.left[i] + c, silu ? s[i] * (1.0f + p[i] * (1.0f - s[i])) : splat(1.0f), left);
+      if (slopes) store_part(block.out_slope[i] + c, silu ? s[i] * (1.0f + p[i] * (1.0f - s[i])) : splat(1.0f), left);
     }
   });
 }
@@ -118,7 +118,7 @@ int conv_forward(const Conv& a) {
       for (int64_t i = 0; i < a.taps - 1 + SIDE; ++i) block.x[i] = picture.x(t - (a.taps - 1) + i);
       EACH {
         block.y[i] = picture.y(t + i);
-        block.left[i] = a.slope && picture.has(t + i) ? a.slope + picture.dense(t + i) : picture.dump;
+        block.out_slope[i] = a.slope && picture.has(t + i) ? a.slope + picture.dense(t + i) : picture.dump;
       }
       (a.taps == TAPS ? forward_block<TAPS> : forward_block<0>)(a, block, a.slope != nullptr);
     }
@@ -139,7 +139,7 @@ int conv_backward(const Conv& a) {
       for (int64_t i = 0; i < ahead + SIDE; ++i) block.x[i] = picture.x(t - ahead + i);
       EACH {
         block.y[i] = picture.dump;
-        block.left[i] = own + (t + i - first) * a.channels;
+        block.out_slope[i] = own + (t + i - first) * a.channels;
       }
       (a.taps == TAPS ? forward_block<TAPS> : forward_block<0>)(a, block, true);
     }
