@@ -384,8 +384,8 @@ def test_the_ops_are_what_torch_expects(leave_out):
     check(ops.conv_triton_backward.default, (conv[0], *conv, True, True, [not leave_out] * 2))
     x, add, pre, scale, weight = (torch.randn(s, device=DEVICE) for s in ((1, 3, 4), (1, 3, 4), (1, 3, 4), (4,), (4,)))
     given = (None, None, None) if leave_out else (add, pre, scale)
-    sums = [t if t is None else t.requires_grad_() for t in (x, *given, None, None, weight)]
-    check(ops.add_norm_triton.default, (*sums, 1e-5, [True, False], [1]))
+    trained = [t if t is None else t.requires_grad_() for t in (x, *given, None, None, weight)]
+    check(ops.add_norm_triton.default, (*trained, 1e-5, [True, False], [1]))
 
 
 @runs
