@@ -302,6 +302,8 @@ def adapt(
     with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = [(name, _build(name, values, site, num_classes)) for name, values in specs]
+        for _, part in parts:
+            part.classes = tuple(classes) if classes is not None else None
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
         torch.manual_seed(seed)  # again: a head's start values are the same whatever the method drew
         own = joined.make_head(site, num_classes)
@@ -382,6 +384,9 @@ def load(
             "save the adapter again",
             "artefact",
         ) from err
+    for part in model.modules():
+        if hasattr(part, "filled"):  # what it would read when first needed is in the adapter
+            part.filled = True  # type: ignore[assignment]
     _fill(model, folder / "adapter_model.safetensors")
     return model.to(device).eval()
 

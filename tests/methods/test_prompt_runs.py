@@ -10,6 +10,7 @@ from svp.errors import SvpError
 from svp.model import adapt, load
 from svp.training import loop
 from svp.training.loop import fit
+from svp.training.optim import parameter_groups
 from svp.training.recipe import Recipe
 from training.small import splits
 
@@ -167,7 +168,7 @@ def test_a_map_by_frequency_follows_what_the_network_says():
 
 
 def test_semantic_maps_need_embeddings(tmp_path):
-    with pytest.raises(SvpError, match="needs embeddings"):
+    with pytest.raises(SvpError, match="names of its 9 source classes are not known"):
         adapt(vit(), "autovp", num_classes=3, mapping="semantic")
     path = tmp_path / "names.safetensors"
     save_file({"source": torch.eye(9), "target": torch.eye(9)[[4, 0, 7]].contiguous()}, path)
@@ -176,7 +177,7 @@ def test_semantic_maps_need_embeddings(tmp_path):
     assert model.head.map.flatten().tolist() == [4, 0, 7]
     path.unlink()  # the map is in the adapter
     assert load(tmp_path / "run", backbone=vit()).head.map.flatten().tolist() == [4, 0, 7]
-    with pytest.raises(SvpError, match="gives no embeddings"):
+    with pytest.raises(SvpError, match="with embeddings of the classes does not exist"):
         fit(adapt(vit(), "autovp", num_classes=3, mapping="semantic", embeddings=str(path)), splits(), recipe=RECIPE)
 
 
@@ -201,7 +202,7 @@ def test_pictures_are_read_by_texts(tmp_path):
         adapt(net, spec, num_classes=3)
     for tensors, said in (
         ({"target": texts[:2]}, "expected \\(3, 9\\)"),
-        ({"source": texts}, "no embeddings of texts"),
+        ({"source": texts}, "it lacks target"),
     ):
         save_file({name: t.contiguous() for name, t in tensors.items()}, path)
         with pytest.raises(SvpError, match=said):
@@ -209,8 +210,11 @@ def test_pictures_are_read_by_texts(tmp_path):
 
 
 REFUSED = [
-    ("vit", ("vp", dict(head="text")), {}, "belong together"),
-    ("vit", "vp", dict(embeddings="x.safetensors"), "belong together"),
+    ("vit", ("vp", dict(head="text")), {}, "which text side belongs to vit_nano is not known"),
+    ("vim", ("vp", dict(head="text")), {}, "which text side belongs to"),
+    ("vit", "vp", dict(embeddings="x.safetensors"), 'head "new" does not read'),
+    ("vit", "autovp", dict(embeddings="x.safetensors"), 'mapping "fully" does not read'),
+    ("vit", "ilm_vp", dict(embeddings="x.safetensors"), "CLIP alone reads"),
     ("vit", "e2vpt", dict(pieces=7), "width 16 do not divide into 7 pieces"),
     ("vit", "e2vpt", dict(position="post"), "attention knows no order"),
     ("vit", "spt", dict(prototypes="mean", num_tokens=20), "4 patches cannot be pooled in 20 windows"),
@@ -231,13 +235,27 @@ def test_what_cannot_act_says_why(backbone, method, options, reason):
 
 @pytest.mark.parametrize("method", ["autovp", "ilm_vp", ("vp", {"head": "source"})], ids=str)
 def test_maps_need_source_classes(method):
-    for net, reason in ((vim(), "no source head"), (vit(), "projection")):
-        if reason == "projection":
-            net.name = "vit_base_patch16_clip_224.openai"
-        else:
-            net.reset_classifier(0)
-        with pytest.raises(SvpError, match=reason):
-            adapt(net, method, num_classes=3)
+    net = vim()
+    net.reset_classifier(0)
+    with pytest.raises(SvpError, match="no source head"):
+        adapt(net, method, num_classes=3)
+
+
+def test_a_projection_is_no_classifier():
+    net = vit()
+    net.name = "vit_base_patch16_clip_quickgelu_224.openai"
+    with pytest.raises(SvpError, match="projection to text embeddings"):
+        adapt(net, ("vp", {"head": "source"}), num_classes=3)
+
+
+def test_a_rule_for_the_head_holds_in_company():
+    model = adapt(vit(), [("damvp", dict(preset="paper")), "lora"], num_classes=3)
+    found = {
+        name: group["base_lr"]
+        for group in parameter_groups(model.named_parameters(), RECIPE, model.method.groups())
+        for name in group["names"]
+    }
+    assert found["head.weight"] == 0.1 and {v for k, v in found.items() if k.startswith("method.")} == {1e-2}
 
 
 def test_a_last_block_for_prompts_alone_is_refused():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from support import assert_close, golden
-from svp.methods._reprogram import LabelMap, by_meaning, frequencies, greedy
+from svp.methods._reprogram import LabelMap, SourceHead, by_meaning, frequencies, greedy
 from svp.methods.autovp import AutoVP
 from svp.methods.ilm_vp import ILMVP
 from svp.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -94,7 +94,8 @@ def test_an_additive_frame_of_half_the_side_covers_all():
 
 def head_of(t, each, chosen):
     """A label map whose source logits are its input."""
-    head = LabelMap(nn.Linear(t["logits"].shape[1], t["logits"].shape[1]), chosen.shape[0], each).double()
+    source = SourceHead(nn.Linear(t["logits"].shape[1], t["logits"].shape[1]))
+    head = LabelMap(source, chosen.shape[0], each).double()
     head.source.weight.copy_(torch.eye(len(head.source.weight)))
     head.source.bias.zero_()
     head.map.copy_(chosen)

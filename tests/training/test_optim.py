@@ -119,6 +119,8 @@ def test_clipping_by_group_then_over_all():
     assert a.grad.norm() == pytest.approx(1.0, rel=1e-5) and b.grad.norm() == 8.0
     clip_gradients([dict(params=[a], clip=0.0), dict(params=[b], clip=0.0)], 0.5)
     assert torch.cat([a.grad, b.grad]).norm() == pytest.approx(0.5, rel=1e-5)
+    clip_gradients([dict(params=[a], clip=0.0, clip_value=0.01), dict(params=[b], clip=0.0, clip_value=0.0)], 0.0)
+    assert a.grad.eq(0.01).all() and b.grad.gt(0.2).all()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])

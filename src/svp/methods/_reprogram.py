@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +61,14 @@ def no_source_classes(site) -> str | None:
     """Why no class of this network can stand for one of ours, or None."""
     if site.source_head is None:
         return f"{site.name} has no source head whose classes could be mapped"
-    if "_clip_" in site.name and "_ft_" not in site.name:  # timm puts CLIP's projection where a head would be
+    if reads_texts(site):
         return f"the head of {site.name} is a projection to text embeddings, not a classifier"
     return None
+
+
+def reads_texts(site) -> bool:
+    """Whether this is the picture side of CLIP: timm puts its projection where a classifier would be."""
+    return site.source_head is not None and "_clip_" in site.name and "_ft_" not in site.name
 
 
 class SourceHead(nn.Module):
@@ -74,17 +79,21 @@ class SourceHead(nn.Module):
         self.register_buffer("weight", source.weight.detach(), persistent=False)
         bias = source.bias
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.out_features = source.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
 class LabelMap(nn.Module):
-    """feature (b, d) -> logits (b, C): class j is the mean of the source logits map[j]; map (C, k) is a saved buffer."""
+    """feature (b, d) -> logits (b, C): class j is the mean of the source logits map[j]; map (C, k) is a saved buffer.
 
-    def __init__(self, source: nn.Linear, num_classes: int, each: int = 1):
+    source gives the (b, S) logits, S its `out_features`. Raises SvpError when they are too few.
+    """
+
+    def __init__(self, source: Any, num_classes: int, each: int = 1):
         super().__init__()
-        self.source = SourceHead(source)
+        self.source = source
         if each * num_classes > source.out_features:
             raise SvpError(
                 f"{each} source classes for each of {num_classes} are more than the {source.out_features} of the backbone",
@@ -104,58 +113,8 @@ class LabelMap(nn.Module):
         said = [(self.source(model.features(images)).argmax(-1), labels) for images, labels, _ in run.batches("train")]
         model.train(training)
         predicted, labels = (torch.cat(part) for part in zip(*said, strict=True))
-        found = greedy(frequencies(predicted, labels, len(self.source.weight), classes), each)  # type: ignore[arg-type]
+        found = greedy(frequencies(predicted, labels, self.source.out_features, classes), each)  # type: ignore[arg-type]
         self.map.copy_(found)  # type: ignore[operator]
-
-
-class TextHead(nn.Module):
-    """feature (b, d) -> logits (b, C): the cosine of its projection with an embedding of each class's text, times a scale.
-
-    The projection is the frozen head of a CLIP tower; the embeddings are a saved buffer, so that an adapter needs its file
-    once. Raises SvpError for a file that holds none, and when it is used without.
-    """
-
-    text: Tensor
-    scale: Tensor
-
-    def __init__(self, source: nn.Linear, num_classes: int, path: str):
-        super().__init__()
-        self.projection = SourceHead(source)
-        self.missing = None if Path(path).exists() else path  # a loaded adapter brings its own
-        shape = (num_classes, source.out_features)
-        text, scale = (torch.zeros(shape), torch.ones(1)) if self.missing else texts_in(path, shape)
-        self.register_buffer("text", text)
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.missing:
-            raise SvpError(
-                f"{self.missing} with embeddings of the classes does not exist", "-s vp.embeddings=FILE", "usage"
-            )
-        return self.scale * F.normalize(self.projection(x), dim=-1) @ F.normalize(self.text, dim=-1).T
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.missing = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-def texts_in(path: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(embeddings (C, e), scale (1,)) of a file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-        text, scale = found["target"].float(), found.get("scale", torch.tensor(100.0)).float().reshape(1)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as err:
-        raise SvpError(
-            f"{path} holds no embeddings of texts: {err}", "a .safetensors file with `target`", "artefact"
-        ) from err
-    if text.shape != shape:
-        raise SvpError(
-            f"{path}: target is {tuple(text.shape)}, expected {shape}, a row for each class", kind="artefact"
-        )
-    return text, scale
 
 
 def frequencies(predicted: Tensor, labels: Tensor, source: int, classes: int) -> Tensor:

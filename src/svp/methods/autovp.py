@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,9 @@ from svp.methods._reprogram import (
     inner_side,
     no_source_classes,
     padded,
+    reads_texts,
 )
+from svp.methods._texts import MANY, NAMES, TextHead, names_in, read, refined, source_names, unfit_for_texts
 from svp.methods.base import Method, Phase
 from svp.options import option
 
@@ -31,18 +32,22 @@ SMALLEST, LARGEST = 0.1, 5.0  # where the trained scale is kept
 class AutoVP(Method):
     """normalise(scaled(x) + sigmoid(delta) * frame) on raw pixels; then the frozen network with its own head, then a map.
 
+    On CLIP's picture side: scaled(normalised x) + delta * frame, and the source logits are those of 81 texts for each
+    class (`ilm_vp` too); a fully mapping then starts at the first text of each, and as in the released code the gradients
+    of mapping and scale are kept within ±0.001.
+
     scaling   the picture has s = scale * 128 pixels. learnable: it comes at 128 pixels and is zoomed about the centre,
               bilinearly, by a trained scale, kept in 0.1…5
     frame     delta acts outside of the middle s pixels; "published" places that hole at (side - s) // 2, a pixel before
               the padded picture where side - s is odd
     mapping   fully: a layer source -> ours; freq: by the frequencies of predictions, before training; iter: renewed
-              before every `interval`-th epoch; semantic: by embeddings of the class names, from a file with the tensors
-              `source` (S, e) and `target` (C, e); each class reads the mean of `num_map` source logits
+              before every `interval`-th epoch; semantic: by CLIP's embeddings of the names of ImageNet's classes and ours;
+              each class reads the mean of `num_map` source logits
     Pictures that come at another size are resized first.
     Ours: away from 224 pixels, 128 becomes round(128 side / 224).
     Left out: the search over these options that gives the method its name, which is a study over runs; automatic precision
-    without loss scaling and selection on test, as the released code has them, which are no matter of the method; the CLIP
-    form with 81 text templates, whose backbone reads class names.
+    without loss scaling and selection on test, as the released code has them, which are no matter of the method; its pull
+    of a mapping of texts towards its start, which is off by default there.
     Source: arXiv 2310.08381; repository IBM/AutoVP, auto_vp/programs.py.
     """
 
@@ -53,7 +58,10 @@ class AutoVP(Method):
         mapping: Literal["fully", "freq", "iter", "semantic"] = option("fully", "from source classes to ours")
         num_map: int = option(1, "source classes of each class, in maps", low=1)
         interval: int = option(1, "iter: epochs between two maps", low=1)
-        embeddings: str | None = option(None, "semantic: a .safetensors file with `source` and `target`")
+        embeddings: str | None = option(
+            None,
+            "a .safetensors file, semantic: with `source` and `target`; CLIP: `target`; none: CLIP reads the names",
+        )
         frame: Literal["aligned", "published"] = option(
             "aligned", "where the hole of the frame begins if the room is odd"
         )
@@ -72,11 +80,20 @@ class AutoVP(Method):
             return f"scale {opt.scale:g} leaves no frame around pictures of {h} pixels"
         if int(inner_side(site) * opt.scale) < 1:
             return f"scale {opt.scale:g} leaves nothing of pictures of {inner_side(site)} pixels"
-        if opt.mapping == "semantic" and opt.embeddings is None:
-            return (
-                'mapping "semantic" needs embeddings of the class names: a file with the tensors `source` and `target`'
-            )
-        return no_source_classes(site)
+        if reads_texts(site):
+            if opt.mapping == "semantic":
+                return f"{site.name} reads texts of our classes, so that no other classes could be near them"
+            return unfit_for_texts(site, opt.embeddings)
+        if opt.embeddings is not None and opt.mapping != "semantic":
+            return f'embeddings are of names, which mapping "{opt.mapping}" does not read'
+        reason = no_source_classes(site)
+        if reason is None and opt.mapping == "semantic" and opt.embeddings is None:
+            count = site.source_head.out_features
+            if source_names(count) is None:
+                return (
+                    f"the names of its {count} source classes are not known; embeddings=FILE with `source` and `target`"
+                )
+        return reason
 
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)
@@ -84,27 +101,41 @@ class AutoVP(Method):
         self.delta = nn.Parameter(torch.zeros(3, self.side, self.side))
         if opt.learnable:
             self.scale = nn.Parameter(torch.tensor([float(opt.scale)]))
-        self.normalise = Normalise(site)
+        self.on_clip = reads_texts(site)
+        self.normalise = nn.Identity() if self.on_clip else Normalise(site)
 
     def preprocessing(self, p):
+        if self.on_clip:
+            return p
         size = self.given()
         return p.but(crop=(size, size), exact=True, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     def make_head(self, site, num_classes):
-        if self.opt.mapping == "fully":
-            source = site.source_head
-            return nn.Sequential(SourceHead(source), nn.Linear(source.out_features, num_classes))
-        return LabelMap(site.source_head, num_classes, self.opt.num_map)
+        source: nn.Module = (
+            TextHead(site, self.classes, num_classes, MANY, self.opt.embeddings)
+            if self.on_clip
+            else SourceHead(site.source_head)
+        )
+        if self.opt.mapping != "fully":
+            return LabelMap(source, num_classes, self.opt.num_map)
+        layer = nn.Linear(source.out_features, num_classes)
+        if self.on_clip:
+            nn.init.eye_(layer.weight)
+        return nn.Sequential(source, layer)
+
+    def groups(self):
+        return {name: {"clip_value": 1e-3} for name in ("scale", "head.*")} if self.on_clip else {}
 
     def phases(self, recipe):
         return [Phase(recipe, None if self.opt.mapping == "fully" else self.first_map)]
 
     def network(self, images, run):
-        return run(self.normalise(self.prompted(images)))[0]
+        return run(self.prompted(images))[0]
 
     def prompted(self, images: Tensor) -> Tensor:
-        """Raw pixels (b, 3, s, s) -> (b, 3, side, side)."""
-        return self.resized(images) + torch.sigmoid(self.delta) * self.mask()
+        """Pictures (b, 3, s, s) as `preprocessing` makes them -> what the network takes, (b, 3, side, side)."""
+        delta = self.delta if self.on_clip else torch.sigmoid(self.delta)
+        return self.normalise(self.resized(images) + delta * self.mask())
 
     def resized(self, images: Tensor) -> Tensor:
         """The picture in its place and size, zeros around."""
@@ -133,30 +164,18 @@ class AutoVP(Method):
     def first_map(self, run):
         head = run.model.head
         if self.opt.mapping == "semantic":
-            source, target = embeddings_in(self.opt.embeddings, len(head.source.weight), self.num_classes)
-            head.map.copy_(by_meaning(source, target, self.opt.num_map))
+            head.map.copy_(by_meaning(*self.meanings(head.source.out_features), self.opt.num_map))
         else:
             head.renew(run)
+
+    def meanings(self, count: int) -> tuple[Tensor, Tensor]:
+        """Embeddings of the names of the `count` source classes (S, e) and of ours (C, e)."""
+        if self.opt.embeddings is not None:
+            return names_in(self.opt.embeddings, count, self.num_classes)
+        if self.classes is None:
+            raise SvpError("a semantic mapping needs the names of the classes", "classes=[…]", "usage")
+        return read(source_names(count), ("{}",), NAMES), read(refined(self.classes), ("{}",), NAMES)
 
     def start_epoch(self, run, epoch):
         if self.opt.mapping == "iter" and epoch > 0 and epoch % self.opt.interval == 0:
             run.model.head.renew(run)
-
-
-def embeddings_in(path: str | os.PathLike, source: int, target: int) -> tuple[Tensor, Tensor]:
-    """The tensors `source` (S, e) and `target` (C, e) of a file; raises SvpError when they are not there."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-        a, b = found["source"], found["target"]
-    except (OSError, SafetensorError, KeyError) as err:
-        hint = "a .safetensors file with the tensors `source` and `target`"
-        raise SvpError(f"{path} gives no embeddings: {err}", hint, "artefact") from err
-    if len(a) != source or len(b) != target or a.shape[1:] != b.shape[1:]:
-        raise SvpError(
-            f"{path} embeds {len(a)} source and {len(b)} of our classes, expected {source} and {target} of one width",
-            "one row a class, in the order of the labels", "artefact",
-        )  # fmt: skip
-    return a, b

@@ -31,7 +31,8 @@ class Method(Seams, nn.Module):
     `params_formula` and `paper` are shown by `svp list methods NAME`; `default_lr` is the learning rate of our own
     recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched; a method with
     `changes_shapes` replaces weights after those it stands together with, whatever the order of their names. Beside one
-    that `counts_tokens` no other may insert tokens (`inserts`).
+    that `counts_tokens` no other may insert tokens (`inserts`). `classes` are the names of the classes, where they were
+    given: known to `make_head` and later.
     """
 
     @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Method(Seams, nn.Module):
     changes_shapes: ClassVar[bool] = False
     inserts: bool = False
     counts_tokens: bool = False
+    classes: tuple[str, ...] | None = None
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
@@ -88,7 +90,7 @@ class Method(Seams, nn.Module):
         """After each step: clamps."""
 
     def groups(self) -> dict[str, dict[str, float]]:
-        """{name pattern: dict(lr=, lr_scale=, decay=, decay_scale=, clip=)} for tensors with a rule of their own."""
+        """{name pattern: dict(lr=, lr_scale=, decay=, decay_scale=, clip=, clip_value=)} for tensors with a rule of their own."""
         return {}
 
     def merged(self, weights: dict[str, Tensor], plain: Seams) -> dict[str, Tensor] | None:
@@ -192,7 +194,8 @@ class Several(Method):
             part.after_step()
 
     def groups(self):
-        return {f"parts.{n}.{key}": rule for n, part in self.parts.items() for key, rule in part.groups().items()}
+        found = [(n, key, rule) for n, part in self.parts.items() for key, rule in part.groups().items()]
+        return {key if key.startswith("head.") else f"parts.{n}.{key}": rule for n, key, rule in found}
 
 
 def fresh_linear(d_in: int, d_out: int, bias: bool = True, init: str = "torch") -> nn.Linear:

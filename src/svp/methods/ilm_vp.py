@@ -8,7 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp.methods._reprogram import LabelMap, Normalise, fitted, frame_mask, inner_side, no_source_classes, padded
+from svp.methods._reprogram import (
+    LabelMap,
+    Normalise,
+    SourceHead,
+    fitted,
+    frame_mask,
+    inner_side,
+    no_source_classes,
+    padded,
+    reads_texts,
+)
+from svp.methods._texts import MANY, TextHead, unfit_for_texts
 from svp.methods.base import Method, Phase
 from svp.options import option
 
@@ -17,13 +28,14 @@ class ILMVP(Method):
     """normalise(pad(x) + sigmoid(program) * frame) on raw pixels; class j reads the source logit map[j]. No head trains.
 
     expansive  the picture is resized to `size` pixels and stands in a frame that fills the rest
-    additive   the picture keeps its size; program * frame of width `width` is added to it
+    additive   the picture keeps its size; program * frame of width `width` is added to it after normalisation
     ilm        the map follows the frequencies of predictions, before every `interval`-th epoch;  flm: once, before training
     rlm        a map drawn once
     The program starts at 0: an expansive frame at mid-grey. The released code leaves classes without training pictures
     out of the map and breaks; here every class has its source.
+    On CLIP's picture side the sources are texts, 81 for each class, each "a photo of a NAME" in other words; the released
+    code has additive prompts there (`preset="clip"`).
     Ours: sizes away from 224 pixels are in proportion.
-    Left out: the CLIP form with text prompts, whose backbone reads class names.
     Source: arXiv 2211.11635; repository OPTML-Group/ILM-VP, models/visual_prompt.py and algorithms/.
     """
 
@@ -34,8 +46,11 @@ class ILMVP(Method):
         prompt: Literal["expansive", "additive"] = option("expansive", "a frame around the picture, or on it")
         size: int | None = option(None, "expansive: pixels of the picture; none: 128 of 224", low=1)
         width: int | None = option(None, "additive: pixels of the frame; none: 30 of 224", low=1)
+        embeddings: str | None = option(
+            None, "CLIP: a .safetensors file with `target`, 81 rows for each class; none: CLIP reads their names"
+        )
 
-    PRESETS = {"low_shot": dict(size=32)}
+    PRESETS = {"low_shot": dict(size=32), "clip": dict(prompt="additive")}
     paper = "arXiv 2211.11635 (CVPR 2023)"
     params_formula = "3 side², of which the frame acts: 3 (side² - size²)"
     default_lr = 1e-2
@@ -50,6 +65,10 @@ class ILMVP(Method):
             return f"size {inner} leaves no frame around pictures of {h} pixels"
         if opt.prompt == "additive" and 2 * width > h:
             return f"width {width} is more than half of pictures of {h} pixels"
+        if reads_texts(site):
+            return unfit_for_texts(site, opt.embeddings)
+        if opt.embeddings is not None:
+            return "embeddings are of texts, which CLIP alone reads"
         return no_source_classes(site)
 
     mask: Tensor
@@ -65,32 +84,34 @@ class ILMVP(Method):
         self.register_buffer("mask", mask, persistent=False)
 
     def preprocessing(self, p):
-        raw = p.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         if self.opt.prompt == "additive":
-            return raw
+            return p
+        raw = p.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         return raw.but(crop=(self.inner, self.inner), exact=True, interpolation="bilinear")
 
     def make_head(self, site, num_classes):
-        return LabelMap(site.source_head, num_classes)
+        if reads_texts(site):
+            return LabelMap(TextHead(site, self.classes, num_classes, MANY, self.opt.embeddings), num_classes)
+        return LabelMap(SourceHead(site.source_head), num_classes)
 
     def phases(self, recipe):
         return [Phase(recipe, self.first_map)]
 
     def network(self, images, run):
-        return run(self.normalise(self.prompted(images)))[0]
+        return run(self.prompted(images))[0]
 
     def prompted(self, images: Tensor) -> Tensor:
-        """Raw pixels (b, 3, size, size) -> (b, 3, side, side)."""
+        """Pictures (b, 3, s, s) as `preprocessing` makes them -> what the network takes, (b, 3, side, side)."""
         if self.opt.prompt == "additive":
             return fitted(images, self.side) + self.program * self.mask
-        return padded(fitted(images, self.inner), self.side) + torch.sigmoid(self.program) * self.mask
+        return self.normalise(padded(fitted(images, self.inner), self.side) + torch.sigmoid(self.program) * self.mask)
 
     def first_map(self, run):
         head = run.model.head
         if self.opt.mapping == "flm":
             head.renew(run)
         elif self.opt.mapping == "rlm":
-            drawn = torch.randperm(len(head.source.weight), generator=run.generator)[: self.num_classes]
+            drawn = torch.randperm(head.source.out_features, generator=run.generator)[: self.num_classes]
             head.map.copy_(drawn[:, None])
 
     def start_epoch(self, run, epoch):

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp.methods._reprogram import LabelMap, TextHead, no_source_classes
+from svp.methods._reprogram import LabelMap, SourceHead, no_source_classes
+from svp.methods._texts import TextHead, unfit_for_texts
 from svp.methods.base import Method
 from svp.options import option
 
@@ -20,11 +21,9 @@ class VP(Method):
     fixed_patch   q x q pixels in the top left corner
     random_patch  q x q pixels at a place drawn once a batch in training; in the middle in evaluation (published: drawn too)
     head "source" is the published reprogramming: class j reads logit j of the pre-trained head, and nothing else trains;
-    "text" the published form on CLIP: class j reads the cosine between the picture's projection and an embedding of its text,
-    times 100, from a file with the tensors `target` (C, e) and, where it is another, `scale` (1,); "new" trains a head too,
-    as the comparison tables of later papers do.
+    "text" the published form on CLIP: class j reads the cosine between the picture's projection and "This is a photo of a
+    NAME", times 100; "new" trains a head too, as the comparison tables of later papers do.
     Ours: away from 224 pixels q is round(30 side / 224).
-    Left out: CLIP's text tower; the embeddings that it made come from a file.
     Source: arXiv 2203.17274; repository hjbahng/visual_prompting, models/prompters.py.
     """
 
@@ -35,7 +34,9 @@ class VP(Method):
         head: Literal["new", "source", "text"] = option(
             "new", "a trained head, the first logits of the pre-trained one, or CLIP's cosine with texts"
         )
-        embeddings: str | None = option(None, "text: a .safetensors file with `target`, a row for each class")
+        embeddings: str | None = option(
+            None, "text: a .safetensors file with `target`, a row for each class; none: CLIP reads their names"
+        )
         patch_range: Literal["clean", "published"] = option(
             "clean", "published: random places leave out the last row and column"
         )
@@ -50,10 +51,10 @@ class VP(Method):
     def unfit(cls, site, opt):
         if opt.head == "source" and no_source_classes(site):
             return no_source_classes(site)
-        if opt.head == "text" and site.source_head is None:
-            return f"{site.name} has no projection to embeddings of texts"
-        if (opt.head == "text") != (opt.embeddings is not None):
-            return 'head "text" and embeddings belong together: a file with the tensor `target`'
+        if opt.head == "text" and unfit_for_texts(site, opt.embeddings):
+            return unfit_for_texts(site, opt.embeddings)
+        if opt.head != "text" and opt.embeddings is not None:
+            return f'embeddings are of texts, which head "{opt.head}" does not read'
         q, side = size_of(site, opt), min(site.img_size)
         if (2 * q >= side) if opt.kind == "padding" else q > side:
             return f"size {q} leaves nothing of pictures of {side} pixels"
@@ -71,8 +72,8 @@ class VP(Method):
 
     def make_head(self, site, num_classes):
         if self.opt.head == "text":
-            return TextHead(site.source_head, num_classes, self.opt.embeddings)
-        return LabelMap(site.source_head, num_classes) if self.opt.head == "source" else None
+            return TextHead(site, self.classes, num_classes, 1, self.opt.embeddings)
+        return LabelMap(SourceHead(site.source_head), num_classes) if self.opt.head == "source" else None
 
     def network(self, images, run):
         return run(images + self.prompt().to(images.dtype))[0]

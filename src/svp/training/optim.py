@@ -17,12 +17,13 @@ from svp.training.recipe import ONCE_AN_EPOCH, Recipe
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe, rules: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser, each with its `base_lr`, `weight_decay`, `clip` and the `names` in it.
+    """Groups for a torch optimiser, each with its `base_lr`, `weight_decay`, `clip`, `clip_value` and the `names` in it.
 
     Not decayed: biases and tensors of one axis (timm 0.4.12), unless recipe.decay is "all"; without decay nothing is
-    told apart. A rule {pattern: dict(lr=, lr_scale=, decay=, decay_scale=, clip=)} of a method speaks of its own names
-    ("alpha.*") or of whole ones ("head.*") and wins; of several that match, the later one. lr and decay are absolute,
-    the scales multiply the recipe's values, clip is the largest gradient norm of the group.
+    told apart. A rule {pattern: dict(lr=, lr_scale=, decay=, decay_scale=, clip=, clip_value=)} of a method speaks of its
+    own names ("alpha.*") or of whole ones ("head.*") and wins; of several that match, the later one. lr and decay are
+    absolute, the scales multiply the recipe's values, clip is the largest gradient norm of the group and clip_value its
+    largest element.
     """
     groups: dict[tuple, dict[str, Any]] = {}
     for name, p in named:
@@ -34,8 +35,11 @@ def parameter_groups(
                 rule |= row
         lr = rule.get("lr", recipe.base_lr * rule.get("lr_scale", 1.0))
         decay = rule.get("decay", recipe.weight_decay * rule.get("decay_scale", float(_decays(name, p, recipe))))
-        key = (lr, decay, rule.get("clip", 0.0))
-        group = groups.setdefault(key, dict(params=[], names=[], base_lr=lr, lr=lr, weight_decay=decay, clip=key[2]))
+        key = (lr, decay, rule.get("clip", 0.0), rule.get("clip_value", 0.0))
+        group = groups.setdefault(
+            key,
+            dict(params=[], names=[], base_lr=lr, lr=lr, weight_decay=decay, clip=key[2], clip_value=key[3]),
+        )
         group["params"].append(p)
         group["names"].append(name)
     if not groups:
@@ -59,8 +63,10 @@ def optimizer_for(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.O
 
 
 def clip_gradients(groups: list[dict[str, Any]], largest: float) -> None:
-    """Scale gradients down to the largest norm of their group, then of all together; 0: no limit."""
+    """Keep gradients within the largest element and norm of their group, then within a norm of all together; 0: no limit."""
     for group in groups:
+        if group.get("clip_value", 0.0) > 0:  # a checkpoint of an earlier version has none
+            nn.utils.clip_grad_value_(group["params"], group["clip_value"])
         if group["clip"] > 0:
             nn.utils.clip_grad_norm_(group["params"], group["clip"])
     if largest > 0:
