@@ -63,10 +63,16 @@ def test_published_token_prompter():
 
 
 def test_tokens_once_or_anew_for_every_block():
+    """What comes before the first dropout is computed once in any case."""
     calls = []
-    for once, dropout, want in ((False, 0.1, 0), (True, 0.1, 1), (False, 0.0, 1)):
+    for once, dropout, want in (
+        (False, 0.1, ["conv1"]),
+        (True, 0.1, ["conv1", "conv3"]),
+        (False, 0.0, ["conv1", "conv3"]),
+    ):
         method = method_of(num_tokens=2, dropout=dropout, token_once=once).train()
-        method.token_net.register_forward_hook(lambda *_: calls.append(1))
+        for name in ("conv1", "conv3"):
+            getattr(method.token_net, name).register_forward_hook(lambda *_, name=name: calls.append(name))
         calls.clear()
         method.network(picture(), lambda images, side: (side, None))
-        assert len(calls) == want
+        assert calls == want

@@ -94,8 +94,9 @@ class InsVP(VPT):
         images = images + self.picture_prompt(images)
         if not self.inserts:
             return run(images)[0]
+        side = self.token_net.first(images)
         redrawn = self.training and self.opt.dropout > 0 and not self.opt.token_once
-        return run(images, side=images if redrawn else self.token_net(images))[0]
+        return run(images, side=side if redrawn else self.token_net.rest(side))[0]
 
     def block(self, tokens, i, run):
         return super().block(tokens, i, run) if self.inserts else run(tokens)
@@ -108,7 +109,7 @@ class InsVP(VPT):
 
     def prompt(self, tokens, i):
         side = tokens.side
-        return super().prompt(tokens, i) + (side if side.dim() == 3 else self.token_net(side))
+        return super().prompt(tokens, i) + (side if side.dim() == 3 else self.token_net.rest(side))
 
 
 def has_tokens(site, opt) -> bool:
@@ -116,7 +117,10 @@ def has_tokens(site, opt) -> bool:
 
 
 class TokenNet(nn.Module):
-    """Picture (b, 3, H, W) -> tokens (b, T, d): the channels of its last map, one after the other, cut into T pieces."""
+    """Picture (b, 3, H, W) -> tokens (b, T, d): the channels of its last map, one after the other, cut into T pieces.
+
+    `first` ends before anything is drawn, so that all blocks share it; dropout is drawn anew by each call of `rest`.
+    """
 
     def __init__(self, site, opt, d: int):
         super().__init__()
@@ -129,9 +133,16 @@ class TokenNet(nn.Module):
         self.drop = nn.Dropout(opt.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        """Picture (b, 3, H, W) -> the first map, pooled."""
         x = F.leaky_relu(self.conv1(x))
-        x = self.drop(F.max_pool2d(x[..., 8:216, 8:216] if self.is_published else x, 4))
-        x = F.leaky_relu(self.conv2(x))
+        return F.max_pool2d(x[..., 8:216, 8:216] if self.is_published else x, 4)
+
+    def rest(self, x: Tensor) -> Tensor:
+        """The first map -> tokens (b, T, d)."""
+        x = F.leaky_relu(self.conv2(self.drop(x)))
         x = self.drop(F.max_pool2d(x[..., 2:50, 2:50], 3) if self.is_published else F.adaptive_max_pool2d(x, self.grid))
         count, d = self.shape
         return self.conv3(x).flatten(1)[:, : count * d].unflatten(1, (count, d))
