@@ -18,8 +18,10 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +89,7 @@ def train(cell: Cell, opt: argparse.Namespace) -> None:
     """One run, in a process of its own; writes the file of its facts."""
     import torch
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(opt.threads)
     place = cell.place(opt.out)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +99,14 @@ def train(cell: Cell, opt: argparse.Namespace) -> None:
         text = str(err) if isinstance(err, svp.SvpError) else f"{type(err).__name__}: {err}"
         found = {"failed": text.replace(str(opt.out), "OUT")}
     write(facts_file(place), {**cell._asdict(), **found})
+
+
+def end_with_parent() -> None:
+    """A run whose table was killed would hold its folder; what it has trained so far is in its checkpoint."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def trained(cell: Cell, place: Path, opt: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,9 @@ import argparse
 import importlib
 import importlib.util
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,36 @@ def test_a_run_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
     assert "scans of Vim" in refused["refused"]
     assert capsys.readouterr().out.count("\n") == 2
     assert table.report(work, tmp_path)["rows"][0]["rates_done"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is not there on Windows")
+def test_a_killed_table_leaves_no_run_behind(tmp_path):
+    """A run that lived on would hold its folder, and the next start would find it in use."""
+    words = ["digits", str(tmp_path), "--only", "vit_nano,svp", "--epochs", "1000"]
+    parent = subprocess.Popen([sys.executable, str(ROOT / "benchmarks" / "methods_table.py"), *words])
+    wait_for((tmp_path / "vit_nano" / "svp" / "x1").exists)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not children.exists():
+        parent.kill()
+        pytest.skip("this system does not list the children of a process")
+    pids = [int(pid) for pid in children.read_text().split()]
+    assert any(alive(pid) for pid in pids)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
+def alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
