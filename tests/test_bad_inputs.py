@@ -309,6 +309,8 @@ SOURCES = [
     refused(3, "an empty folder", "train empty", f"empty holds no pictures.*{KNOWN_PICTURES}", TREE, make=folder("empty")),
     refused(3, "a folder without pictures", "train texts", f"texts holds no pictures.*{KNOWN_PICTURES}", TREE, make=written("texts/x.txt")),
     refused(4, "a flat folder", "train pets/cat", "cat holds 3 pictures but no class folders", f"{TREE}.*svp predict RUN pets/cat"),
+    refused(4, "flat splits", "train flat", "flat/train holds 3 pictures but no class folders", TREE,
+            make=pictures("flat", {"train": 3, "val": 2, "test": 2})),
     refused(5, "one class", "train one", "at least two classes in train, it has only 'cat'", "another class", make=pictures("one", {"cat": 3})),
     refused(6, "a class without pictures", TRAIN, "class folder pets/bird holds no pictures", "add pictures, or remove", make=folder("pets/bird")),
     refused(7, "classes that train lacks", "train split", "split/test has classes that train lacks: c, d", "train has a, b",
@@ -323,6 +325,8 @@ SOURCES = [
     refused(11, "a truncated picture", TRAIN, r"pets/cat/1\.png is damaged: .*truncated", "--on-bad-image skip", make=cut("pets/cat/1.png")),
     refused(11, "a truncated picture while svp trains", f"{TRAIN} --method svp", r"cat/1\.png is damaged", "skip", make=cut("pets/cat/1.png")),
     refused(11, "a truncated picture in a worker", f"{TRAIN} --method svp --workers 1", r"cat/1\.png is damaged", "skip", make=cut("pets/cat/1.png")),
+    refused(11, "a truncated test picture, before anything is trained", "train split --epochs 1 --method svp", r"test/a/0\.png is damaged: .*truncated", "--on-bad-image skip",
+            make=(pictures("split", {"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1}), cut("split/test/a/0.png"))),
     refused(11, "a truncated Parquet file", "train parquet:parquet", r"parquet/train-0\.parquet is no whole Parquet file", "copy it again",
             make=(parquet([0, 1, 0, 1]), cut("parquet/train-0.parquet"))),
     works(11, "bad pictures left out when asked", f"{TRAIN} --on-bad-image skip", r"2 pictures were left out: .*x\.jpg.*y\.png",
@@ -541,7 +545,7 @@ RUNS = [
     refused(55, "an adapter on another base", "eval run --weights other.safetensors", r"run/model was trained on vim_nano \w{12} \(weights\.safetensors\), this backbone is vim_nano \w{12} \(other\.safetensors\)",
             "give the weights it was trained on", "artefact", make=(a_run, weights("other.safetensors", sizes={"seed": 1})), leaves=("run/eval",)),
     refused(55, "in Python", lambda: svp.load("run", backbone=network(seed=1)), r"run/model was trained on vim_nano \w{12} .*, this backbone is vim_nano \w{12} \(random\)", "weights=", "artefact", make=a_run),
-    refused(55, "its weights are gone", "predict run pets", "run was trained on the weights weights.safetensors, which are not there", "--weights FILE", "artefact",
+    refused(55, "its weights are gone", "predict run pets", "run/model was trained on the weights weights.safetensors, which are not there", "--weights FILE", "artefact",
             make=(a_run, lambda: Path("weights.safetensors").unlink())),
     refused(56, "no adapter", "predict pets pets", "pets holds no trained run", "run folder of `svp train`", "artefact"),
     refused(56, "a mistyped run", "predict runn pets", "runn does not exist", "did you mean run?", "artefact", make=a_run),
@@ -899,3 +903,22 @@ def test_68_nobody_reads(words):
     )  # fmt: skip
     assert done.returncode == (2 if "fly" in words else 0), done
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr and "svp itself" not in done.stderr
+
+
+@POSIX
+def test_68_nobody_reads_the_progress(here):
+    """The run goes on, and its table comes."""
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m svp {TRAIN} --epochs 2 2> >(true); echo code $?'], capture_output=True, text=True,
+        timeout=200, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.stdout.endswith("code 0\n") and "images/s" in done.stdout, done
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_59_a_full_disk_behind_stdout():
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m svp list methods > /dev/full'], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "no space left" in done.stderr and "svp itself" not in done.stderr, done

@@ -353,7 +353,10 @@ def load(
                     "artefact",
                 )
             backbone = create_backbone(
-                named["name"], weights=source, img_size=tuple(named["img_size"]), **named["overrides"]
+                named["name"],
+                weights=weights or weights_beside(folder, source),
+                img_size=tuple(named["img_size"]),
+                **named["overrides"],
             )
         if backbone.fingerprint() != named["fingerprint"]:
             raise SvpError(
@@ -389,6 +392,19 @@ def load(
             part.filled = True  # type: ignore[assignment]
     _fill(model, folder / "adapter_model.safetensors")
     return model.to(device).eval()
+
+
+def weights_beside(folder: Path, known: str) -> str:
+    """The weights that an adapter names, or where they have moved, the file of that name in its folder."""
+    if known in ("random", "none", "default") or known.startswith("hf:") or Path(known).exists():
+        return known
+    beside = folder / Path(known).name
+    if beside.exists():
+        return str(beside)
+    raise SvpError(
+        f"{folder} was trained on the weights {known}, which are not there",
+        "give the file: weights=FILE, on the command line --weights FILE", "artefact",
+    )  # fmt: skip
 
 
 def predict(
@@ -443,7 +459,10 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
-    """An adapter folder of these files, in place of an older one; it appears whole or not at all."""
+    """An adapter folder of these files, in place of an older one; it appears whole or not at all.
+
+    What else lies in the older one, for example the weights of a converted backbone, lies in the new one too.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
         raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
@@ -454,6 +473,9 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
         work.chmod(0o755)
         old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
         if folder.exists():
+            for path in folder.iterdir():
+                if path.name not in files:
+                    _beside(path, work / path.name)
             folder.rename(old)
         work.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -461,6 +483,21 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return folder
+
+
+def _beside(path: Path, new: Path) -> None:
+    """A file or folder under another name, without another copy of the bytes where the file system can do that."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, new, symlinks=True, copy_function=_link)
+    else:
+        _link(path, new)
+
+
+def _link(path: str | Path, new: str | Path, **_: Any) -> None:
+    try:
+        os.link(path, new, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(path, new, follow_symlinks=False)
 
 
 def read_json(path: Path, limit: int = 10_000_000) -> dict[str, Any]:

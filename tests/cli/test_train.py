@@ -61,6 +61,34 @@ def test_a_dry_run_keeps_nothing_and_shows_where_values_are_from(svp, config, tm
     assert ["recipe.lr", "0.5", "command", "line"] in rows and ["out", str(out)] in rows
     told = svp("train", "--config", config, "--dry-run", "-s", "hidden=4", "--json")
     assert json.loads(told.out)["trainable"] > 0
+    told = svp("train", "--config", config, "--dry-run", "--method", "linear,bitfit", "--json")
+    assert [row["method"] for row in json.loads(told.out)] == ["linear", "bitfit"]
+
+
+@pytest.mark.parametrize(
+    "second,reason", [("lora -s lora.rnak=4", "did you mean rank"), ("prefix_tuning", "attention")]
+)
+def test_a_method_that_cannot_be_built_is_said_before_another_trains(svp, config, tmp_path, second, reason):
+    told = svp(
+        "train",
+        "--config",
+        config,
+        "--method",
+        f"linear,{second}".split()[0],
+        *second.split()[1:],
+        "--out",
+        tmp_path / "r",
+    )
+    assert told.code == 2 and reason in told.err and not (tmp_path / "r").exists()
+
+
+def test_what_was_selected_on_test_says_so(svp, config, tmp_path):
+    words = ("--protocol", "svp-released", "--method", "linear", "--epochs", "1", "--out", tmp_path / "run")
+    told = svp("train", "--config", config, *words)
+    assert "test % (selected on test)" in told.out
+    assert "of the epoch that is best on test" in (tmp_path / "run" / "model" / "README.md").read_text()
+    told = svp("train", "--config", config, *words, "--json")
+    assert json.loads(told.out)["table"][0]["selection"] == "test_best"
 
 
 @pytest.mark.parametrize(

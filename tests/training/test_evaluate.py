@@ -6,7 +6,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from svp.errors import SvpError
-from svp.training.evaluate import calibration_error, evaluate, raw_pixel_baseline, score
+from svp.training.evaluate import calibration_error, evaluate, predictions, raw_pixel_baseline, score
+from svp.training.machine import Team
 from training.small import CLASSES, model, splits
 
 NAMES = tuple("abcdefgh")
@@ -35,6 +36,26 @@ def test_calibration_by_hand():
     want = (abs(0.95 + 0.95 + 1.0 - 2) + abs(0.55 - 1)) / 4  # the first bin of ten holds three
     assert calibration_error(confidence, right, bins=10) == pytest.approx(want)
     assert calibration_error(np.ones(4), np.ones(4, bool)) == 0
+
+
+def test_a_worker_that_was_stopped_first_is_no_mistake_of_ours():
+    """Ctrl-C reaches workers too: what they die of is told as what it is."""
+
+    def batches():
+        yield torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        raise RuntimeError("DataLoader worker exited unexpectedly")
+
+    calls = []
+
+    def between():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predictions(model(), batches(), Team(), torch.device("cpu"), between=between)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        predictions(model(), batches(), Team(), torch.device("cpu"))
 
 
 def test_evaluate_leaves_the_model_as_it_was():

@@ -7,6 +7,7 @@ import pytest
 from svp.backbones.checkpoints import save_backbone
 from svp.data.pictures import read_picture
 from svp.errors import SvpError
+from svp.model import load
 from svp.training.loop import fit
 from svp.training.trained import Unread, label, read_trained
 from training.small import RECIPE, model, splits
@@ -45,6 +46,14 @@ def test_weights_that_moved(run, tmp_path):
         assert read_trained(run).model(weights=str(hidden)).num_classes == 3
         shutil.copy(hidden, tmp_path / "mine" / "net.safetensors")
         assert read_trained(tmp_path / "mine").model().num_classes == 3
+        again = load(tmp_path / "mine")
+        assert again.num_classes == 3
+        (tmp_path / "mine" / "notes").mkdir()
+        (tmp_path / "mine" / "notes" / "a.txt").write_text("kept")
+        again.save_pretrained(tmp_path / "mine")  # what else lies there stays: the weights, what somebody wrote
+        assert (
+            load(tmp_path / "mine").num_classes == 3 and (tmp_path / "mine" / "notes" / "a.txt").read_text() == "kept"
+        )
     finally:
         hidden.rename(home)
 

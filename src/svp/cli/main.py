@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -119,6 +120,12 @@ def run(argv: list[str], is_debug: bool = False) -> int:
         if isinstance(err.__context__, BrokenPipeError) or "PacifyFlush" in type(sys.stdout).__name__:
             return unread()  # click has caught it, and wants to exit with 1
         raise
+    except OSError as err:
+        if err.errno == errno.ENOSPC and err.filename is None:  # no file of ours: those are told with their name
+            return said(
+                "there is no space left for what is written", "free some space, or write elsewhere", 1, is_debug
+            )
+        return broken_install(err, is_debug) or bug(err, is_debug)
     except Exception as err:
         return out_of_memory(err, is_debug) or broken_install(err, is_debug) or bug(err, is_debug)
 

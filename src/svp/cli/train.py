@@ -64,7 +64,7 @@ SECTIONS = {
 @click.option("--overwrite", is_flag=True, help="Start again.")
 @click.option("--config", metavar="FILE", help="Settings of an earlier run, or a part of them; what is typed wins.")
 @click.option("--dry-run", is_flag=True, help="Build and try one batch, print the plan; nothing is kept.")
-@click.option("--max-pixels", type=click.IntRange(1), default=178_956_970, show_default=True, help="Largest picture that is decoded.")  # fmt: skip
+@click.option("--max-pixels", type=click.IntRange(1, 178_956_970), default=178_956_970, show_default=True, help="Largest picture that is decoded.")  # fmt: skip
 @click.option("--compile", is_flag=True, help="torch.compile the model.")
 @click.option("--deterministic", is_flag=True, help="Only deterministic algorithms (GPU).")
 @click.option("--quiet", "-q", is_flag=True, help="Only the table.")
@@ -112,8 +112,11 @@ def train(plan: Plan, typed: dict[str, Any]) -> None:
     if not native.available and plan.kernel == "auto":
         note(f"plain PyTorch computes the scan, slowly ({native.reason}); `svp doctor` tells more", quiet)
     if typed["dry_run"]:
-        for wanted in plan.wanted:
-            rehearse(plan, wanted, net, data, typed)
+        told = [rehearse(plan, wanted, net, data, typed) for wanted in plan.wanted]
+        if typed["as_json"]:
+            from svp.cli.words import print_json
+
+            print_json(told if len(told) > 1 else told[0])
         return
     results, folders = run_all(plan, net, data, typed)
     show(plan, data, results, folders, typed)
@@ -146,6 +149,8 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
     half = [folder for _, _, folder in todo if os.path.exists(folder / "config.yaml")]
     results: list[tuple[str, dict]] = []
     folders: list[Any] = []
+    for wanted in plan.wanted[1:]:  # what cannot be built is said before the first has trained for hours
+        model_of(plan, wanted, net, data, plan.seeds[0])
     try:
         for wanted, seed, folder in todo:
             model = model_of(plan, wanted, net, data, seed)
@@ -237,18 +242,16 @@ def show(plan: Plan, data: Splits, results: list[tuple[str, dict]], folders: lis
     say(f"saved in {where}; next: svp predict {folders[0]} PICTURE", typed["quiet"])
 
 
-def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str, Any]) -> None:
-    """One batch forward and backward; print every setting with its origin and what a run would cost."""
+def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str, Any]) -> dict[str, Any]:
+    """One batch forward and backward; every setting with its origin and what a run would cost, printed or for JSON."""
     from svp.training.rehearsal import rehearse as one_batch
 
     model = model_of(plan, wanted, net, data, plan.seeds[0])
     found = one_batch(model, data, recipe=plan.recipe, seed=plan.seeds[0], device=plan.device, amp=plan.amp)  # type: ignore[arg-type]
     minutes = found["steps"] * found["seconds_per_batch"] * plan.recipe.accumulate / 60
+    told = {**found, "method": wanted.label, "trainable": model.num_trainable(True), "minutes": minutes}
     if typed["as_json"]:
-        from svp.cli.words import print_json
-
-        print_json({**found, "method": wanted.label, "trainable": model.num_trainable(True), "minutes": minutes})
-        return
+        return told
     rows = [[name, _words(value), origin] for name, value, origin in _settings(plan, wanted, found, typed["out"])]
     click.echo(f"{wanted.label}\n{columns(['setting', 'value', 'from'], rows)}\n")
     click.echo(model.summary())
@@ -256,6 +259,7 @@ def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str
         f"one batch: loss {found['loss']:.3f}, {found['seconds_per_batch']:.2f} s; {found['steps_per_epoch']} steps an epoch, "
         f"{found['steps']} in all, about {minutes:.0f} min and {found['peak_memory_bytes'] / 2**20:,.0f} MiB. Nothing was kept.\n"
     )
+    return told
 
 
 def _settings(plan: Plan, wanted: Wanted, found: dict[str, Any], out: str | None) -> list[tuple[str, Any, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -128,9 +129,12 @@ def without_dashes(word: str) -> SvpError | None:
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """A line for the person who waits: on stderr."""
+    """A line for the person who waits: on stderr; where nobody reads it, the work goes on without."""
     if not quiet:
-        click.echo(text, err=True)
+        try:
+            click.echo(text, err=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def note(text: str, quiet: bool = False) -> None:

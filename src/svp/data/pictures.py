@@ -19,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 
 from svp.errors import SvpError
 
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # within the last TAIL bytes
+TAIL = 64
 MAX_PIXELS = 178_956_970  # Pillow's own limit: a larger header is taken for a decompression bomb
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 EXTENSIONS = (
@@ -79,8 +81,13 @@ def read_picture(source: str | os.PathLike | bytes, name: str = "", max_pixels: 
 
 
 def look(source: str | os.PathLike | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Look:
-    """The header alone, without decoding; raises as `read_picture` does, but a truncated picture passes."""
+    """The header alone, and whether the file ends as its kind does; raises as `read_picture` does.
+
+    Only a file that does not is decoded: it is cut off, or carries something behind the picture.
+    """
     with _opened(source, name, max_pixels) as picture:
+        if _may_be_cut(source, picture.format):
+            picture.load()
         orientation = _orientation(picture)
         changes = [_mode_words(picture)]
         changes += ["turned upright (EXIF)"] if orientation in UPRIGHT else []
@@ -99,6 +106,17 @@ def shown(path: str | os.PathLike) -> str:
 def is_picture_start(start: bytes) -> bool:
     """Whether a file's first 12 bytes are those of a common picture format."""
     return start.startswith(tuple(MAGIC)) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
+def _may_be_cut(source: str | os.PathLike | bytes, kind: str | None) -> bool:
+    """Whether the last bytes are not those that a whole file of this kind ends with."""
+    if kind not in ENDS:
+        return False
+    if isinstance(source, bytes):
+        return ENDS[kind] not in source[-TAIL:]
+    with open(source, "rb") as stream:
+        stream.seek(max(0, os.path.getsize(source) - TAIL))
+        return ENDS[kind] not in stream.read()
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

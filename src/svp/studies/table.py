@@ -13,6 +13,7 @@ from typing import Any
 class Line:
     """The runs of one method that differ only in their seed.
 
+    select         the protocol's rule: "val", or "test_best" where the epoch was chosen on test
     accuracy       one fraction a seed, on test (on validation where `split` says so)
     trained        numbers that train, head included;  images_per_second, memory_bytes, seconds: means over seeds
     """
@@ -22,6 +23,7 @@ class Line:
     seeds: tuple[int, ...]
     accuracy: tuple[float, ...]
     val_accuracy: tuple[float, ...]
+    select: str = "val"
     trained: int | None = None
     images_per_second: float | None = None
     memory_bytes: float | None = None
@@ -73,7 +75,8 @@ def cells(line: Line) -> dict[str, str]:
     return {
         "method": line.label,
         "trained": "-" if line.trained is None else f"{line.trained:,}",
-        f"{line.split} %": f"{100 * line.mean:.1f}" + (f" ± {100 * half:.1f}" if half is not None else ""),
+        f"{line.split} %{' (selected on test)' if line.select == 'test_best' else ''}": f"{100 * line.mean:.1f}"
+        + (f" ± {100 * half:.1f}" if half is not None else ""),
         "val %": f"{100 * statistics.fmean(line.val_accuracy):.1f}" if line.val_accuracy else "-",
         "images/s": "-" if line.images_per_second is None else f"{line.images_per_second:,.0f}",
         "memory": "-" if line.memory_bytes is None else f"{line.memory_bytes / 2**20:,.0f} MiB",
@@ -85,7 +88,7 @@ def as_dict(line: Line) -> dict[str, Any]:
     """A line for programs: fractions, counts, bytes, seconds."""
     return {
         "method": line.label, "split": line.split, "seeds": list(line.seeds), "accuracy": list(line.accuracy),
-        "mean": line.mean, "half_width_95": line.half_width, "val_accuracy": list(line.val_accuracy),
+        "selection": line.select, "mean": line.mean, "half_width_95": line.half_width, "val_accuracy": list(line.val_accuracy),
         "trained": line.trained, "images_per_second": line.images_per_second, "memory_bytes": line.memory_bytes,
         "seconds": line.seconds,
     }  # fmt: skip
@@ -97,7 +100,8 @@ def _line(label: str, found: list[dict[str, Any]]) -> Line:
     timing = [r["timing"] for r in found]
     return Line(
         label, split, tuple(r["seed"] for r in found), tuple(r[f"{split}_accuracy"] for r in found),
-        tuple(r["val_accuracy"] for r in found if r["val_accuracy"] is not None), found[0]["trainable"]["total"],
+        tuple(r["val_accuracy"] for r in found if r["val_accuracy"] is not None), found[0].get("selection", "val"),
+        found[0]["trainable"]["total"],
         _mean(t["images_per_second"] for t in timing), _mean(t["peak_memory_bytes"] for t in timing),
         _mean(t["seconds"] for t in timing),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +135,7 @@ def predictions(
     training, rows = model.training, []
     model.eval()
     try:
-        for images, labels, index in batches:
+        for images, labels, index in _until_stopped(batches, between):
             between()
             with autocast(device, amp):
                 logits = (forward or model)(images)
@@ -147,6 +147,15 @@ def predictions(
     place, truth, found = (np.concatenate(column) for column in zip(*rows, strict=True))
     order = np.argsort(place, kind="stable")
     return found[order], truth[order]
+
+
+def _until_stopped(batches: Iterable[Batch], between: Callable[[], Any]) -> Iterator[Batch]:
+    """The batches; a worker that was told to end before us fails, and what told it is what stops us."""
+    try:
+        yield from batches
+    except RuntimeError:
+        between()
+        raise
 
 
 def score(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], split: str) -> Evaluation:

@@ -146,5 +146,6 @@ def card_of(result: dict[str, Any]) -> str:
     rows = [("trained on", result["source"]), ("protocol", result["protocol"]), ("seed", result["seed"])]
     for name in ("val_accuracy", "test_accuracy"):
         if result[name] is not None:
-            rows.append((name.replace("_", " "), f"{100 * result[name]:.1f} %"))
+            chosen = ", of the epoch that is best on test" if result["selection"] == "test_best" else ""
+            rows.append((name.replace("_", " "), f"{100 * result[name]:.1f} %{chosen}"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)

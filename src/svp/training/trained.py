@@ -12,7 +12,7 @@ from svp.backbones.create import create_backbone
 from svp.data.pictures import read_picture
 from svp.data.protocols import DEFAULT, Protocol
 from svp.errors import SvpError, nearest
-from svp.model import AdaptedModel, Prediction, load, read_json
+from svp.model import AdaptedModel, Prediction, load, read_json, weights_beside
 from svp.options import build
 from svp.training.folder import CONFIG, MODEL, RunFolder
 
@@ -74,23 +74,11 @@ class Trained:
         except (KeyError, TypeError, ValueError) as err:
             problem = f"{self.folder / ADAPTER}: the field {err} is missing or wrong"
             raise SvpError(problem, "save the adapter again", "artefact") from err
-        source = weights or self._found(known)
+        source = weights or weights_beside(self.folder, known)
         net = create_backbone(
             name, weights=None if source in ("random", "none") else source, img_size=size, kernel=kernel, **overrides
         )
         return load(self.folder, net, device=device)
-
-    def _found(self, known: str) -> str:
-        """The weights that the adapter names, or a file of that name beside it."""
-        if known in ("random", "none", "default") or known.startswith("hf:") or Path(known).exists():
-            return known
-        beside = self.folder / Path(known).name
-        if not beside.exists():
-            raise SvpError(
-                f"{self.home} was trained on the weights {known}, which are not there",
-                "give the file with --weights FILE", "artefact",
-            )  # fmt: skip
-        return str(beside)
 
 
 def read_trained(path: str | os.PathLike) -> Trained:

@@ -320,3 +320,9 @@ def test_awkward_files_as_a_class(tree, shared):
     data = open_data(root, on_bad_image="skip")
     assert data.sizes["train"] + data.sizes["val"] == 4 + 35 and len(data.skipped) == 9
     assert "ignored: 1 files that are no pictures" in data.notes
+
+
+def test_pictures_that_mean_something_else_when_mirrored(tmp_path, tree):
+    root = tree({"a": 2, "b": 2}).rename(tmp_path / "GTSRB-small")
+    data = open_data(root)
+    assert not data.may_flip and "pictures are not mirrored: the folder's name speaks of gtsrb" in data.notes

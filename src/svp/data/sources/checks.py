@@ -10,25 +10,32 @@ from typing import Any
 import numpy as np
 
 from svp.data.pictures import Look
+from svp.data.sources.request import Request
 from svp.data.splits import Part, Split, Splits, by_protocol
 from svp.errors import SvpError
 from svp.preprocessing import Preprocessing
 
 LOOKS = 20_000  # above so many pictures, that many headers are read, evenly spaced
 LARGE = 200_000  # above so many pictures, duplicates are not searched
+UNFLIPPED = ("gtsrb", "svhn", "dsprites", "clevr", "mnist", "digits", "smallnorb")
 UPSCALE = 8  # a picture enlarged more than so many times is worth a word
 
 
-def finished(splits: Splits, skip: bool, seed: int = 0, by_number: bool = False) -> Splits:
+def finished(splits: Splits, request: Request, by_number: bool = False) -> Splits:
     """Bad pictures found (or left out, when asked), classes checked, validation as the protocol says, notes made.
 
+    Pictures in a folder whose name speaks of data that mean something else when mirrored are not mirrored.
     by_number  classes are the numbers of a published list: train need not show them all
     Raises SvpError (kind "data") for the first picture that is none, a single class, or classes that train lacks.
     """
-    splits = _without_bad(splits) if skip else splits
+    forbidden = next((word for word in UNFLIPPED if word in request.folder().resolve().name.lower()), "")
+    if forbidden:
+        note = f"pictures are not mirrored: the folder's name speaks of {forbidden}"
+        splits = splits.but(may_flip=False).noted(note)
+    splits = _without_bad(splits) if request.skip else splits
     splits = splits.noted(_changes_note(splits))
     splits = _classes_checked(splits, by_number)
-    splits = by_protocol(splits, seed)
+    splits = by_protocol(splits, request.seed)
     return splits.noted(*_duplicates(splits))
 
 

@@ -32,7 +32,7 @@ def open_source(request: Request) -> Splits:
         request.source, files["train"], files.get("val"), files.get("test"), classes, protocol=request.protocol,  # type: ignore[arg-type]
         skipped=tuple(walk.bad),
     ).noted(f"layout: {found}", *walk.notes())  # fmt: skip
-    return finished(opened, request.skip, request.seed, by_number)
+    return finished(opened, request, by_number)
 
 
 def _folders(root: Path, walk: Walk) -> tuple[Parts, tuple[str, ...], str]:
@@ -78,6 +78,8 @@ def _tops(root: Path, walk: Walk) -> dict[str, Path]:
         others = [name for split in ("val", "test") for name in found[split]]
         if others and len(folders) == len(others):
             raise SvpError(f"{shown(root)} has {' and '.join(others)} but no train folder", TREE, "data")
+        if found["train"] and others and len(folders) == len(others) + len(found["train"]):
+            raise _nothing(root, root / found["train"][0], walk)  # splits without classes, not classes of such names
         return {"train": root}
     for split, names in found.items():
         if len(names) > 1:

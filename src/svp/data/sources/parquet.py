@@ -16,7 +16,6 @@ from svp.data.splits import Encoded, Splits
 from svp.errors import SvpError
 
 NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
-UNFLIPPED = ("gtsrb", "svhn", "dsprites", "clevr", "mnist", "digits")  # mirrored, these pictures mean something else
 LAYOUT = "columns image {bytes, path} and label are read, as Hugging Face's datasets write them"
 ROWS = 1024  # read at a time
 COUNTED = 1000  # a label below needs no proof that it numbers a class
@@ -48,13 +47,11 @@ def open_source(request: Request) -> Splits:
             problem = f"{part.name(wrong[0])} has label {part.labels[wrong[0]]}, expected 0…{len(classes) - 1}"
             more = f" (and {len(wrong) - 1} more rows)" if len(wrong) > 1 else ""
             raise SvpError(problem + more, f"check the labels of {split}", "data")
-    forbidden = next((word for word in UNFLIPPED if word in folder.resolve().name.lower()), "")
     opened = Splits(
-        request.source, parts["train"], parts.get("val"), parts.get("test"), classes, may_flip=not forbidden,  # type: ignore[arg-type]
+        request.source, parts["train"], parts.get("val"), parts.get("test"), classes,  # type: ignore[arg-type]
         protocol=request.protocol,
     )  # fmt: skip
-    note = f"pictures are not mirrored: the folder's name speaks of {forbidden}" if forbidden else ""
-    return finished(opened.noted(note), request.skip, request.seed)
+    return finished(opened, request)
 
 
 @dataclass
