@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp.errors import SvpError, unknown
+from svp.ops.dispatch import transformed
 from svp.preprocessing import Preprocessing
 from svp.seams import Seams, Site, Tokens, Weights
 
@@ -124,7 +125,8 @@ class Backbone(nn.Module):
         device = next(self.parameters()).device
         if images.device != device:
             raise SvpError(f"images are on {images.device}, {self.name} is on {device}", f"images.to('{device}')")
-        if device.type == "cpu" and not (images.requires_grad or torch.compiler.is_compiling()):  # a GPU would wait
+        opaque = images.requires_grad or torch.compiler.is_compiling() or transformed()
+        if device.type == "cpu" and not opaque:  # a GPU would wait
             low, high = (float(end) for end in torch.aminmax(images.detach())) if images.numel() else (0.0, 0.0)
             if low >= 0 and high > UNPREPARED:
                 raise SvpError(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from svp.errors import SvpError, unknown
 from svp.ops.gpu import interpreted
@@ -49,6 +50,8 @@ class Kernel(NamedTuple):
             return "A is float64"
         if A is not None and self.max_state is not None and A.shape[-1] > self.max_state:
             return f"there are {A.shape[-1]} states, it takes at most {self.max_state}"
+        if self.dtypes and transformed():
+            return "torch.func or forward-mode derivatives look inside, which a compiled kernel does not let them"
         return missing(self.target)
 
     def function(self) -> Callable:
@@ -99,6 +102,11 @@ def table(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> l
         None,
     )
     return [Row(row.name, row.name == chosen, reason) for row, reason in zip(kernels, reasons, strict=True)]
+
+
+def transformed() -> bool:
+    """Whether vmap, torch.func or forward-mode derivatives are at work: of a compiled kernel they would see nothing."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def constant(function: Callable) -> Callable:

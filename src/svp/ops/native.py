@@ -133,7 +133,7 @@ def room(*shapes: Sequence[int]) -> tuple[Tensor, ...]:
     flat = getattr(_kept, "flat", None)
     if flat is None or len(flat) < end:
         with torch.inference_mode(False):  # a later call may be outside of it
-            flat = torch.zeros(()).new_empty(end)
+            flat = torch.zeros((), dtype=torch.float32, device="cpu").new_empty(end)
         if end <= KEEP_FLOATS:
             _kept.flat = flat
     return tuple(flat[i : i + math.prod(shape)].view(shape) for i, shape in zip(starts, shapes, strict=True))
@@ -148,8 +148,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    trim, mmap, most = -1, -3, 2**31 - 1  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    return bool(mallopt(trim, most)) and bool(mallopt(mmap, most))
+    trim, mmap, most, heap = -1, -3, 2**31 - 1, 32 * 2**20  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(trim, most)) and bool(mallopt(mmap, most) or mallopt(mmap, heap))  # older ones take no more
 
 
 _forked = False
@@ -164,6 +164,7 @@ def threads(work: Tensor) -> int:
 def _after_fork() -> None:
     global _forked
     _forked = True
+    torch.set_num_threads(1)  # torch's products between our kernels would hang as well
 
 
 if hasattr(os, "register_at_fork"):

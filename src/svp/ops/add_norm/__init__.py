@@ -53,6 +53,12 @@ def add_norm(
             f"x is {tuple(x.shape)}, weight {tuple(weight.shape)}, the summands {[s and tuple(s) for s in shapes]}; expected "
             "(b, l, d), (d,) and (b, l, d)"
         )
+    d, length = x.shape[2], x.shape[1]
+    for term in terms:
+        if term.scale is not None and tuple(term.scale.shape) not in ((d,), (1,)):
+            raise SvpError(f"a scale is {tuple(term.scale.shape)}, expected {(d,)} or (1,)")
+    if any(not 0 <= position < length for position in skip) and length:
+        raise SvpError(f"skip is {skip}, expected positions from 0 to {length - 1}")
     kernel = environment() if kernel == "auto" else kernel
     named = kernel if kernel in ("auto", "cpu", "triton") else "reference"
     return pick(KERNELS, named, x)(x, residual, weight, eps, terms, skip)

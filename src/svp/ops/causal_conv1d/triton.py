@@ -187,7 +187,7 @@ def _backward(
             at = t - (TAPS - 1)
             tl.store(dx + at * y_l, total, mask=inside & (at >= first) & (at < end))
             if dpast is not None:
-                mask = inside & (at < 0)
+                mask = inside & (at < 0) & (first == 0)
                 tl.store(dpast + (picture * e + channel) * (TAPS - 1) + at + TAPS - 1, total, mask=mask)
             new = ()
             for k in tl.static_range(1, TAPS - 1):

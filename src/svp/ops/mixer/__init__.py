@@ -61,6 +61,20 @@ def mixer(xz: Tensor, forward: Direction, backward: Direction, *, scale: float =
             f"xz is {tuple(xz.shape)}, A {tuple(forward.A.shape)} and {tuple(backward.A.shape)}, expected xz (b, l, 2 e) and "
             "both A (e, n)"
         )
+    for w in (forward, backward):
+        _check(w, len(xz), forward.dt_proj.shape[-1])
     kernel = environment() if kernel == "auto" else kernel
     named = kernel if kernel in ("auto", "cpu") else "composed"
     return pick(KERNELS, named, xz, forward.A)(xz, forward, backward, scale, kernel)
+
+
+def _check(w: Direction, b: int, r: int) -> None:
+    """Raises SvpError for a tensor of another shape than the others ask for: kernels read by pointers."""
+    (e, n), taps = w.A.shape, w.conv.shape[-1]
+    rows, one = r + 2 * n, (e,)
+    want = ((e, taps), one, (rows, e), (rows,), (e, r), one, (e, n), one, (1, e, n), (1, e, taps - 1), (e, n), one)
+    for name, t, shape in zip(w._fields, w, want, strict=True):
+        if t is None or t.shape == shape or (len(shape) == 3 and t.shape == (b, *shape[1:])):
+            continue
+        each = f", or {b} of them" if len(shape) == 3 else ""
+        raise SvpError(f"{name} is {tuple(t.shape)}, expected {shape}{each}: A is {(e, n)}, dt_proj has {r} columns")

@@ -18,7 +18,7 @@ from svp.ops.causal_conv1d.cpu import conv_call, weight_shares
 from svp.ops.mixer import Direction
 from svp.ops.native import Call, Rows, fields, room, threads
 from svp.ops.selective_scan.cpu import backward_shares, saved_shape, scan_call
-from svp.ops.selective_scan.operator import Wanted, is_recorded
+from svp.ops.selective_scan.operator import Wanted, is_recorded, kept
 
 NAMES = Direction._fields
 OPTIONAL = ("conv_bias", "x_proj_bias", "dt_bias", "D", "h0", "past", "offset", "bias")
@@ -162,6 +162,7 @@ class Grads:
         if shares["dh0"] is not None:
             self.each("h0", shares["dh0"], some)
 
+    @torch.autocast("cpu", enabled=False)
     def products(self, u: Tensor, code: Tensor, ddelta: Tensor, dcode: Tensor) -> None:
         if self.asked["x_proj"]:
             self.add("x_proj", dcode.flatten(0, 1).T @ u.flatten(0, 1))
@@ -272,7 +273,10 @@ def _keep(ctx, inputs, output):
 
 
 def _derivative(ctx, dout, *_):
+    if dout is None:
+        return (None,) * (3 + 2 * COUNT)
     asked = ctx.needs_input_grad[1 : 1 + 2 * COUNT]
+    kept(dout, ctx.saved_tensors[1])
     dxz, *grads = torch.ops.svp.mixer_cpu_backward(dout, *ctx.saved_tensors, ctx.scale, list(asked))
     return dxz, *(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)), None, None
 

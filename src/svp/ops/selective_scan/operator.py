@@ -66,6 +66,7 @@ def declare(name: str, saved_shape: Callable[[Tensor, Tensor, Tensor], tuple[int
     def derivative(ctx, dy, dlast, _):
         states, *inputs = ctx.saved_tensors
         u, h0 = inputs[0], inputs[8]
+        kept(u, states)
         asked = ctx.needs_input_grad
         wanted = Wanted(*(asked[i] for i in (2, 5, 7, 8, 9, 10)))
         dy = torch.zeros_like(u) if dy is None else dy
@@ -96,6 +97,12 @@ def same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 def is_recorded(*inputs: Tensor | None) -> bool:
     """Whether a backward may come, for which the states are kept."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def kept(u: Tensor, states: Tensor) -> None:
+    """Raises SvpError where the forward kept no states: it was traced where no backward was to come, for example exported."""
+    if u.numel() and not states.numel():
+        raise SvpError("the forward kept nothing for a backward", "record or export it with gradients enabled", "usage")
 
 
 def _keep(ctx, inputs, output):
