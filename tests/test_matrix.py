@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from support import GOLDEN
+from svp.backbones.checkpoints import save_backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.model import adapt, load
@@ -242,6 +243,10 @@ class TestContract:
 
     def test_disabled_is_the_backbone(self, family, method, nets, images):
         model = stir(made(family, method, nets[family]))
+        if method in ("autovp", "ilm_vp"):
+            with pytest.raises(SvpError, match="takes pictures prepared for itself"), model.disabled():
+                pass
+            return
         with model.disabled(), torch.no_grad():
             assert torch.equal(model.features(images), nets[family].features(images))
 
@@ -268,7 +273,7 @@ class TestContract:
         for a, b in zip(run(model, images), want, strict=True):
             torch.testing.assert_close(a, b)
 
-    def test_merges_or_says_why_not(self, family, method, nets, images):
+    def test_merges_or_says_why_not(self, family, method, nets, images, tmp_path):
         model = stir(made(family, method, nets[family])).eval()
         try:
             net = model.merge()
@@ -278,6 +283,13 @@ class TestContract:
         assert method in MERGED
         with torch.no_grad():
             torch.testing.assert_close(net.eval()(images), model(images), atol=1e-5, rtol=1e-5)
+        assert net.preprocessing == model.preprocessing
+        save_backbone(net, tmp_path / "merged.safetensors")  # filled bias slots and more states are read back too
+        name, sizes = TINY[family]
+        sizes = {key: value for key, value in sizes.items() if key not in ("d_state", "num_classes")}
+        again = create_backbone(name, weights=tmp_path / "merged.safetensors", **sizes)
+        with torch.no_grad():
+            torch.testing.assert_close(again(images), net(images))
 
     def test_other_picture_sizes_and_double_precision(self, family, method):
         square = method in ("autovp", "ilm_vp")  # a frame is drawn around a square

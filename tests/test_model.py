@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import svp.model
+from svp.backbones.checkpoints import save_backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.methods.base import Method
 from svp.model import adapt, load
+from svp.training.trained import read_trained
 from test_matrix import backbone, step, stir
 from test_matrix import made as small
 
@@ -195,3 +197,63 @@ def test_a_training_step_compiles_whole(method, images):
     assert want
     for got, grad in zip(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), want, strict=True):
         torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-5)
+
+
+# -- what an adapter and its backbone must agree on --------------------------------------------------------------------
+
+
+def test_how_positions_were_resized_is_kept(tmp_path):
+    save_backbone(create_backbone("vim_nano", depth=2), tmp_path / "net.safetensors")
+
+    def network(way, size=96):
+        return create_backbone("vim_nano", depth=2, weights=tmp_path / "net.safetensors", img_size=size, pos_resize=way)
+
+    model, images = adapt(network("repo"), "linear", num_classes=3), torch.randn(1, 3, 96, 96)
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        want = model.eval()(images)
+        assert torch.equal(load(tmp_path / "a")(images), want)
+        assert torch.equal(read_trained(tmp_path / "a").model()(images), want)
+    with pytest.raises(SvpError, match='with positions resized by "repo", those of this backbone are by "middle"'):
+        load(tmp_path / "a", network("middle"))
+    with pytest.raises(SvpError, match="on pictures of 96 x 96 pixels, this backbone takes 64 x 64"):
+        load(tmp_path / "a", network("repo", 64))
+    with pytest.raises(SvpError, match="bfloat16 rounds them") as err:
+        load(tmp_path / "a", network("repo").bfloat16())
+    assert "load first" in err.value.hint
+
+
+def test_the_option_head_and_the_keyword_head():
+    net = backbone()
+    with pytest.raises(SvpError) as err:
+        adapt(net, "vp", num_classes=5, head="source")
+    assert err.value.hint == '("vp", {"head": "source"}) is the option of vp'
+    with pytest.raises(SvpError, match="ilm_vp brings a head of its own, beside which head 'two_linear' has no place"):
+        adapt(create_backbone("vim_nano", depth=2), "ilm_vp", num_classes=5, head="two_linear")
+
+
+def test_adapt_leaves_the_generators_alone():
+    before = torch.random.get_rng_state()
+    adapt(create_backbone("vim_nano", depth=2), ("vp", dict(preset="published", kind="random_patch")), num_classes=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_prompts_in_a_branch_enter_what_mixes_tokens_alone():
+    net = create_backbone("vit_nano", depth=2, img_size=32)
+    model = adapt(net, ("svp", dict(add_to="branch", gen_input="normed", hidden=4)), num_classes=3)
+    images, prompted = torch.randn(1, 3, 32, 32), []
+    prompt = model.method.prompt
+    model.method.prompt = lambda x, i: prompted.append(i) or prompt(x, i)
+    model(images)
+    assert prompted == [0, 1]
+
+
+def test_clusters_are_those_of_the_network_alone():
+    net = create_backbone("vit_nano", depth=2, img_size=32)
+    model = stir(adapt(net, [("damvp", dict(clusters=3)), "lora"], num_classes=3)).eval()
+    images = torch.randn(4, 3, 32, 32)
+    chosen, nearest = [], model.method.parts["damvp"].nearest
+    model.method.parts["damvp"].nearest = lambda feature: chosen.append(feature) or nearest(feature)
+    with torch.no_grad():
+        model(images)
+        assert torch.equal(chosen[0], net.features(images))

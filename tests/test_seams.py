@@ -8,6 +8,7 @@ from torch import nn
 
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
+from svp.model import adapt
 from svp.ops import native
 from svp.seams import KV, Scan, Seams, Stack, Tokens
 
@@ -377,6 +378,18 @@ def test_a_hook_or_a_foreign_wrapper_acts(net, images, plain, layer):
     finally:
         setattr(net.layers[1].mixer, layer, module)
     torch.testing.assert_close(net.features(images), plain)
+
+
+@pytest.mark.parametrize("method,layer", [("bitfit", "dt_proj"), ("lora", "in_proj")])
+def test_what_a_hook_would_hide_is_refused(method, layer):
+    """The layer itself is called where somebody hooked it: a bias or weight in its place would never be read."""
+    net = create_backbone("vim_tiny", depth=2, embed_dim=16, d_state=4, patch_size=8, img_size=16, num_classes=3)
+    model = adapt(net, method, num_classes=3)
+    handle = getattr(net.layers[1].mixer, layer).register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(SvpError, match=rf"{layer} carries a hook or wrapper and a method replaces its"):
+        model(torch.randn(1, 3, 16, 16))
+    handle.remove()
+    model(torch.randn(1, 3, 16, 16))
 
 
 @pytest.mark.skipif(not native.available, reason=native.reason)

@@ -90,7 +90,15 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[AdaptedModel]:
-        """The backbone acts alone inside: `features` are those of the frozen network (peft: disable_adapter)."""
+        """The backbone acts alone inside: `features` are those of the frozen network (peft: disable_adapter).
+
+        Raises SvpError where the method takes pictures that are prepared for itself: the network takes others.
+        """
+        if self.method.preprocessing(self.backbone.preprocessing) != self.backbone.preprocessing:
+            raise SvpError(
+                f"{self.method_name} takes pictures prepared for itself, which {self.backbone.name} alone does not",
+                "model.backbone.features(images), of pictures prepared as model.backbone.preprocessing says",
+            )
         before, self._disabled = self._disabled, True
         try:
             yield self
@@ -139,6 +147,7 @@ class AdaptedModel(nn.Module):
 
     # -- the effect probe ----------------------------------------------------------------------------------------------
 
+    @torch.random.fork_rng(devices=[])
     def probe(self, seed: int = 0) -> None:
         """Raise SvpError unless every trainable tensor gets a gradient and changes the output, with its like in other blocks.
 
@@ -208,7 +217,7 @@ class AdaptedModel(nn.Module):
         for name, value in merged.items():
             owner, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(owner), leaf, nn.Parameter(value.detach().clone()))
-        net.head, net.num_classes = copy.deepcopy(self.head), self.num_classes
+        net.head, net.num_classes, net.preprocessing = copy.deepcopy(self.head), self.num_classes, self.preprocessing
         net.stored_positions = None
         return net.requires_grad_(True)
 
@@ -239,6 +248,7 @@ class AdaptedModel(nn.Module):
                 "img_size": list(net.img_size),
                 "weights": net.weights_from,
                 "overrides": getattr(net, "overrides", {}),
+                "pos_resize": getattr(net, "pos_resize", "middle"),
                 "fingerprint": net.fingerprint(),
             },
             "preprocessing": self.preprocessing.as_dict(),
@@ -307,7 +317,12 @@ def adapt(
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
         torch.manual_seed(seed)  # again: a head's start values are the same whatever the method drew
         own = joined.make_head(site, num_classes)
-        made = own if own is not None else _head(head, backbone.num_features, num_classes)
+        if own is not None and head != "linear":
+            said = f"'{head}'" if isinstance(head, str) else type(head).__name__
+            raise SvpError(f"{'+'.join(n for n, _ in specs)} brings a head of its own, beside which head {said} has no place",
+                           "leave head out", "usage")  # fmt: skip
+        hidden = next((name for name, part in parts if hasattr(part.opt, "head")), None)  # by adapt's own keyword
+        made = own if own is not None else _head(head, backbone.num_features, num_classes, hidden)
     head_name = "method" if own is not None else head if isinstance(head, str) else "module"
     specs = [(name, dataclasses.asdict(part.opt)) for name, part in parts]
     model = AdaptedModel(backbone, joined, made, specs, head_name)
@@ -356,14 +371,10 @@ def load(
                 named["name"],
                 weights=weights or weights_beside(folder, source),
                 img_size=tuple(named["img_size"]),
+                pos_resize=named.get("pos_resize", "middle"),
                 **named["overrides"],
             )
-        if backbone.fingerprint() != named["fingerprint"]:
-            raise SvpError(
-                f"{folder} was trained on {named['name']} {named['fingerprint'][:12]} ({named['weights']}), "
-                f"this backbone is {backbone.name} {backbone.fingerprint()[:12]} ({backbone.weights_from})",
-                "give the weights it was trained on with weights=", "artefact",
-            )  # fmt: skip
+        _same_backbone(folder, named, backbone)
         if config["head"] == "module":
             raise SvpError(
                 f"{folder} was saved with a head module of its own",
@@ -392,6 +403,32 @@ def load(
             part.filled = True  # type: ignore[assignment]
     _fill(model, folder / "adapter_model.safetensors")
     return model.to(device).eval()
+
+
+def _same_backbone(folder: Path, named: dict[str, Any], net: Backbone) -> None:
+    """Raises SvpError where a backbone is not the one that an adapter was trained on."""
+    found, wanted = net.fingerprint(), named["fingerprint"]
+    if found != wanted:
+        p = next(net.parameters())
+        hint = "give the weights it was trained on with weights="
+        if p.dtype not in (torch.float32, torch.float64):
+            hint += f"; {str(p.dtype).removeprefix('torch.')} rounds them: load first, then change the type"
+        raise SvpError(
+            f"{folder} was trained on {named['name']} {wanted[:12]} ({named['weights']}), "
+            f"this backbone is {net.name} {found[:12]} ({net.weights_from})", hint, "artefact",
+        )  # fmt: skip
+    if tuple(named["img_size"]) != net.img_size:
+        (h, w), size = named["img_size"], net.img_size
+        raise SvpError(
+            f"{folder} was trained on pictures of {h} x {w} pixels, this backbone takes {size[0]} x {size[1]}",
+            f'create_backbone("{net.name}", img_size=({h}, {w}))', "artefact",
+        )  # fmt: skip
+    way, is_resized = named.get("pos_resize", "middle"), net.stored_positions is not None
+    if is_resized and getattr(net, "pos_resize", "middle") != way:
+        raise SvpError(
+            f'{folder} was trained with positions resized by "{way}", those of this backbone are by "{net.pos_resize}"',
+            f'create_backbone(…, pos_resize="{way}")', "artefact",
+        )  # fmt: skip
 
 
 def weights_beside(folder: Path, known: str) -> str:
@@ -570,11 +607,12 @@ def _build(name: str, values: dict[str, Any], site: Any, num_classes: int) -> Me
     return cls(site, opt, num_classes)
 
 
-def _head(head: str | nn.Module, d: int, num_classes: int) -> nn.Module:
+def _head(head: str | nn.Module, d: int, num_classes: int, hidden: str | None = None) -> nn.Module:
     if isinstance(head, nn.Module):
         return head
     if head not in HEADS:
-        raise SvpError(f"head is '{head}', expected {' or '.join(HEADS)}", "--head linear", kind="usage")
+        hint = f'("{hidden}", {{"head": "{head}"}}) is the option of {hidden}' if hidden else "--head linear"
+        raise SvpError(f"head is '{head}', expected {' or '.join(HEADS)}", hint, kind="usage")
     layers = [nn.Linear(d, num_classes)] if head == "linear" else [nn.Linear(d, d // 2), nn.Linear(d // 2, num_classes)]
     for layer in layers:
         nn.init.normal_(layer.weight, std=0.02)

@@ -190,7 +190,7 @@ class Seams:
     def network(self, images: Tensor, run: Callable) -> Tensor:
         """(b, 3, H, W) as preprocessed -> feature (b, d); run(images, side=None) -> (feature, side as it left the last block).
 
-        run.norm(x) is the network's last norm, (b, l, d) -> (b, l, d).
+        run.norm(x) is the network's last norm, (b, l, d) -> (b, l, d); run.frozen(images) the feature of the network alone.
         """
         return run(images)[0]
 
@@ -287,7 +287,7 @@ class _Inner:
     """A network with one part of a stack around it: what the part returns, and the side stream of its last run."""
 
     def __init__(self, part: Seams, run: Any):
-        self.part, self.run, self.norm = part, run, run.norm
+        self.part, self.run, self.norm, self.frozen = part, run, run.norm, run.frozen
 
     def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         tap = _Tap(self.run, side)
@@ -298,7 +298,8 @@ class _Tap:
     """A network that keeps the side stream of its last run; a run without one gets the one that was given from outside."""
 
     def __init__(self, run: Any, side: Tensor | None):
-        self.run, self.side, self.last, self.norm = run, side, side, run.norm
+        self.run, self.side, self.last = run, side, side
+        self.norm, self.frozen = run.norm, run.frozen
 
     def __call__(self, images: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         feature, self.last = self.run(images, side=self.side if side is None else side)

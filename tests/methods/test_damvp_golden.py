@@ -1,5 +1,7 @@
 """DAM-VP's clusters, frames, head-free logits and meta step against the published code."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -28,7 +30,7 @@ def test_published_clusters_and_frames():
     for part in FRAME:
         getattr(method, part).data = torch.cat([t[f"param.{c}.pad_{part}"] for c in range(4)])
     x = t["x"].requires_grad_()
-    y = method.prompted(x, lambda images: (images.flatten(1) @ t["proj"], None))
+    y = method.prompted(x, SimpleNamespace(frozen=lambda images: images.detach().flatten(1) @ t["proj"]))
     assert_close(y, t["y"], "y")
     (y * t["w"]).sum().backward()
     assert_close(x.grad, t["grad_x"], "dx")

@@ -240,6 +240,11 @@ class Run:
     def norm(self, x: Tensor) -> Tensor:
         return self.net.last_norm(x, self.w)
 
+    @torch.no_grad()
+    def frozen(self, images: Tensor) -> Tensor:
+        """The feature (b, d) of the network alone, whatever acts on it now."""
+        return self.net.features(images, PLAIN)
+
 
 def tensor_digest(t: Tensor) -> str:
     """sha256 over shape and float32 bytes."""
@@ -251,19 +256,20 @@ def linear(module: nn.Module, w: Weights, name: str, x: Tensor, bias: bool = Tru
     """x (b, l, d_in) -> (b, l, d_out) with the weights in force under `name`.
 
     A hook on the module, or a foreign wrapper in its place, acts too: then the module itself is called (with its bias,
-    whatever `bias` says). A weight cannot be replaced by a method and wrapped by somebody else at once: SvpError.
+    whatever `bias` says). A weight or bias cannot be replaced by a method and wrapped by somebody else at once: SvpError.
     """
     if is_plain(module):
         # as one matrix: how torch multiplies three axes depends on what requires a gradient, and with it the last bit
         y = F.linear(x.flatten(0, -2), w[f"{name}.weight"], w.get(f"{name}.bias") if bias else None)
         return y.unflatten(0, x.shape[:-1])
-    own = dict(module.named_parameters()).get("weight")
-    in_force = w.get(f"{name}.weight")
-    if own is not None and in_force is not None and in_force.data_ptr() != own.data_ptr():
-        raise SvpError(
-            f"{name} carries a hook or wrapper and a method replaces its weight",
-            "remove the hook, or use another method",
-        )
+    own = dict(module.named_parameters(recurse=False))
+    for leaf in ("weight", "bias") if "weight" in own else ():  # a foreign wrapper without one keeps to itself
+        ours, in_force = own.get(leaf), w.get(f"{name}.{leaf}")
+        if in_force is not None and (ours is None or in_force.data_ptr() != ours.data_ptr()):
+            raise SvpError(
+                f"{name} carries a hook or wrapper and a method replaces its {leaf}",
+                "remove the hook, or use another method",
+            )
     return module(x)
 
 

@@ -226,6 +226,10 @@ def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> R
     report = Report(notes=list(found.notes))
     own = dict(net.named_parameters())
     taken: dict[str, Tensor] = {}
+    for name in net.site_slots() & found.tensors.keys():  # a bias that a merged method has filled
+        owner, _, leaf = name.rpartition(".")
+        own[name] = torch.nn.Parameter(torch.empty_like(found.tensors[name], dtype=torch.float32))
+        setattr(net.get_submodule(owner), leaf, own[name])
     for name, t in found.tensors.items():
         if name.startswith(UNUSED):
             report.left_out.append(f"{name}: unused table of the first release")

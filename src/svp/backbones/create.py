@@ -49,6 +49,7 @@ def create_backbone(
         sizes["img_size"] = pair(img_size)
     found = None if weights is None else read_checkpoint(weights_file(name, str(weights)), trust_pickle=trust_pickle)
     if found is not None:
+        found.tensors = module.renamed(found.tensors)
         sizes = _fitted(name, module, sizes, found, overrides)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -56,7 +57,7 @@ def create_backbone(
             net = family_class(module)(name, **sizes)
     except TypeError as err:
         raise SvpError(f"{name}: {str(err).split('() ')[-1]}", f"svp list backbones {name}", "usage") from err
-    net.kernel = kernel
+    net.kernel, net.pos_resize = kernel, pos_resize
     net.overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
     net.report = Report()
     if found is not None:
@@ -112,13 +113,22 @@ def shipped_weights(name: str) -> Path | None:
     return None
 
 
-def from_hub(repository: str, file: str) -> Path:
-    """A file of the Hugging Face hub, from its cache when it is there (HF_HUB_OFFLINE is honoured)."""
+def from_hub(repository: str, *files: str) -> Path:
+    """The first of these files that a repository of the Hugging Face hub has, from its cache when it is there.
+
+    HF_HUB_OFFLINE is honoured.
+    """
     hub = importlib.import_module("huggingface_hub")
+    file, *others = files
     address = f"https://huggingface.co/{repository}/resolve/main/{file}"
     try:
         return Path(hub.hf_hub_download(repository, file))
     except Exception as err:  # the hub raises many kinds: no network, no such file, refused
+        is_absent = isinstance(err, hub.errors.EntryNotFoundError) and not isinstance(
+            err, hub.errors.LocalEntryNotFoundError
+        )
+        if is_absent and others:
+            return from_hub(repository, *others)
         reason = str(err).strip().split("\n")[0] or type(err).__name__
         raise SvpError(
             f"{file} of {repository} could not be fetched: {reason}",
@@ -136,7 +146,8 @@ def _fitted(
             f"{found.path} does not look like {name}: it holds {looks_like(found.tensors)}",
             f"its tensors: {shortened(found.tensors)}; `svp list backbones` shows what is known", "artefact",
         )  # fmt: skip
-    wanted = module.compared(name, sizes)
+    free = [key for key in ("num_classes", "d_state") if key in seen and key not in overrides]  # as the file has them
+    wanted = {key: value for key, value in module.compared(name, sizes).items() if key not in free}
     wrong = [k for k, v in wanted.items() if k in seen and v is not None and seen[k] != v]
     if wrong:
         fits = [
@@ -149,9 +160,7 @@ def _fitted(
         raise SvpError(
             f"{found.path} has {said}, {name} needs {' and '.join(str(wanted[k]) for k in wrong)}", hint, "artefact"
         )
-    if "num_classes" in seen and "num_classes" not in overrides:
-        sizes = {**sizes, "num_classes": seen["num_classes"]}
-    return sizes
+    return {**sizes, **{key: seen[key] for key in free}}
 
 
 def looks_like(tensors: dict[str, Any]) -> str:

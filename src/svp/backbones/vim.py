@@ -360,9 +360,14 @@ def scan_one_way(
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def published(name: str) -> tuple[str, str] | None:
+def published(name: str) -> tuple[str, ...] | None:
     """(hub repository, file) of a variant's published weights, or None."""
     return PUBLISHED.get(name)
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published files have our names."""
+    return tensors
 
 
 def compared(name: str, sizes: dict[str, Any]) -> dict[str, Any]:

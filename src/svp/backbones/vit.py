@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ class Vit(Backbone):
         p = self.preprocessing
         views = {name: t.detach() for name, t in self.named_parameters()}
         return Site(
-            self.name, blocks, views, self.site_slots(), self.img_size, self.patch_size, self.grid, self.cls_positions,
+            tagged(self.name), blocks, views, self.site_slots(), self.img_size, self.patch_size, self.grid, self.cls_positions,
             self.num_features, p.mean, p.std, self.head if isinstance(self.head, nn.Linear) else None,
         )  # fmt: skip
 
@@ -206,15 +207,53 @@ def layer_norm(module: nn.Module, w: Weights, name: str, x: Tensor) -> Tensor:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def published(name: str) -> tuple[str, str] | None:
-    """Where timm's weights of a name lie: (hub repository, file), or None for our own sizes."""
+def published(name: str) -> tuple[str, ...] | None:
+    """Where timm's weights of a name lie: (hub repository, files of which the first that exists is meant), or None."""
     import timm
 
     if VARIANTS.get(name) or not timm.is_model(name):
         return None
-    cfg = timm.get_pretrained_cfg(name)  # a name without a tag means timm's default one
-    full = f"{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.tag else name
-    return f"timm/{full}", "model.safetensors"
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return None
+    own = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ()
+    more = ("open_clip_model.safetensors",) if "_clip_" in name else ()
+    return cfg.hf_hub_id, *own, "model.safetensors", *more, "pytorch_model.bin"
+
+
+def tagged(name: str) -> str:
+    """A name of timm with its tag: without one its default is meant."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name) if "." not in name and timm.is_model(name) else None
+    return f"{cfg.architecture}.{cfg.tag}" if cfg is not None and cfg.tag else name
+
+
+CLIP = (  # names in OpenAI's and open_clip's files, and timm's
+    (r"transformer\.resblocks\.(\d+)\.", r"blocks.\1."), (r"\.ln_([12])\.", r".norm\1."), (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."), (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^conv1\.", "patch_embed.proj."), (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."),
+    (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^proj$", "head.weight"),
+)  # fmt: skip
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The picture side of a whole CLIP under timm's names; any other network as it is."""
+    if "visual.class_embedding" not in tensors:
+        return tensors
+    found = {}
+    for key, t in tensors.items():
+        if not key.startswith("visual."):
+            continue
+        name = key.removeprefix("visual.")
+        for pattern, ours in CLIP:
+            name = re.sub(pattern, ours, name)
+        found[name] = t
+    found["cls_token"], found["pos_embed"] = found["cls_token"].reshape(1, 1, -1), found["pos_embed"][None]
+    if "head.weight" in found:
+        found["head.weight"] = found["head.weight"].T.contiguous()
+        found["head.bias"] = torch.zeros(len(found["head.weight"]))  # timm's head has one, CLIP's projection none
+    return found
 
 
 def recognise(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
@@ -264,18 +303,26 @@ def _from_timm(name: str, img_size: tuple[int, int] | None, sizes: dict[str, Any
 
 def _refuse(name: str, net: Any) -> None:
     """Raise SvpError where the network has a part that `Block` does not compute."""
-    from timm.layers import Mlp
+    from timm.layers import Mlp, PatchEmbed
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block as TimmBlock
+    from timm.models.vision_transformer import VisionTransformer
 
     strange = None
-    if net.global_pool not in ("token", "avg") or net.attn_pool is not None:
+    if type(net) is not VisionTransformer:
+        strange = type(net).__name__
+    elif type(net.patch_embed) is not PatchEmbed:
+        strange = type(net.patch_embed).__name__
+    elif any(type(block) is not TimmBlock for block in net.blocks):
+        strange = next(type(block).__name__ for block in net.blocks if type(block) is not TimmBlock)
+    elif net.global_pool not in ("token", "avg") or net.attn_pool is not None:
         strange = f"pooling '{net.global_pool}'"
     elif net.pos_embed is None:
         strange = "no position table"
-    for block in net.blocks:
+    plain: list[Any] = [] if strange else list(net.blocks)
+    for block in plain:
         parts = (
-            (block, TimmBlock), (block.attn, Attention), (block.mlp, Mlp), (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm),
+            (block.attn, Attention), (block.mlp, Mlp), (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm),
         )  # fmt: skip
         strange = strange or next(
             (

@@ -51,7 +51,9 @@ def load_published(
 
     options = _options(found, depth, report)
     two = "head.0.weight" in found.tensors
-    last = found.tensors["head.1.weight" if two else "head.weight"]
+    last = found.tensors.get("head.1.weight" if two else "head.weight")
+    if last is None:
+        raise SvpError(f"{path} holds prompts but no head", "the released code saves both in one file", "artefact")
     model = adapt(
         backbone, "svp", num_classes=last.shape[0], head="two_linear" if two else "linear", probe=False, **options
     )

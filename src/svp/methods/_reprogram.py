@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -126,16 +127,19 @@ def greedy(counts: Tensor, each: int) -> Tensor:
     """(S, C) counts -> (C, each) sources: the most frequent pair first, a source once; of equals the first in memory."""
     classes = counts.shape[1]
     chosen: list[list[int]] = [[] for _ in range(classes)]
-    used, missing = set(), each * classes
-    for cell in counts.flatten().argsort(descending=True, stable=True).tolist():
+    used = set()
+    flat = counts.flatten()
+    seen = flat.nonzero()[:, 0]  # far fewer than there are cells
+    for cell in seen[flat[seen].argsort(descending=True, stable=True)].tolist():
         source, target = divmod(cell, classes)
-        if source in used or len(chosen[target]) == each:
-            continue
-        chosen[target].append(source)
-        used.add(source)
-        missing -= 1
-        if not missing:
-            break
+        if source not in used and len(chosen[target]) < each:
+            chosen[target].append(source)
+            used.add(source)
+    free = (source for source in range(len(counts)) if source not in used)
+    for (
+        rest
+    ) in chosen:  # the cells that are left are equal: sources in their order go to the first class that lacks one
+        rest += itertools.islice(free, each - len(rest))
     return torch.tensor(chosen, device=counts.device)
 
 

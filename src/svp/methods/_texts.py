@@ -66,7 +66,10 @@ class TextHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.filled:
             self.fill()
-        return self.scale * F.normalize(self.projection(x), dim=-1) @ F.normalize(self.text, dim=-1).T
+        z = self.projection(x)
+        with torch.autocast(z.device.type, enabled=False):  # a hundred times a cosine has too few digits in 16 bits
+            cosine = F.normalize(_wide(z), dim=-1) @ F.normalize(_wide(self.text), dim=-1).T
+            return _wide(self.scale) * cosine
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -89,6 +92,10 @@ class TextHead(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         self.filled = True
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

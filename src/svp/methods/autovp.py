@@ -33,8 +33,8 @@ class AutoVP(Method):
     """normalise(scaled(x) + sigmoid(delta) * frame) on raw pixels; then the frozen network with its own head, then a map.
 
     On CLIP's picture side: scaled(normalised x) + delta * frame, and the source logits are those of 81 texts for each
-    class (`ilm_vp` too); a fully mapping then starts at the first text of each, and as in the released code the gradients
-    of mapping and scale are kept within ±0.001.
+    class (`ilm_vp` too); a fully mapping then starts at the first text of each. Gradients of mapping and scale are kept
+    within ±0.001 / 2^16: the released code bounds those of a loss that is scaled by 2^16, and its rate of 40 needs that.
 
     scaling   the picture has s = scale * 128 pixels. learnable: it comes at 128 pixels and is zoomed about the centre,
               bilinearly, by a trained scale, kept in 0.1…5
@@ -80,6 +80,10 @@ class AutoVP(Method):
             return f"scale {opt.scale:g} leaves no frame around pictures of {h} pixels"
         if int(inner_side(site) * opt.scale) < 1:
             return f"scale {opt.scale:g} leaves nothing of pictures of {inner_side(site)} pixels"
+        if opt.num_map > 1 and opt.mapping == "fully":
+            return "num_map counts the sources of a map, a fully mapping reads them all"
+        if opt.interval > 1 and opt.mapping != "iter":
+            return f'interval lies between two maps, mapping "{opt.mapping}" has one'
         if reads_texts(site):
             if opt.mapping == "semantic":
                 return f"{site.name} reads texts of our classes, so that no other classes could be near them"
@@ -124,7 +128,7 @@ class AutoVP(Method):
         return nn.Sequential(source, layer)
 
     def groups(self):
-        return {name: {"clip_value": 1e-3} for name in ("scale", "head.*")} if self.on_clip else {}
+        return {name: {"clip_value": 1e-3 / 2**16} for name in ("scale", "head.*")} if self.on_clip else {}
 
     def phases(self, recipe):
         return [Phase(recipe, None if self.opt.mapping == "fully" else self.first_map)]

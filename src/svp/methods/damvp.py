@@ -85,9 +85,7 @@ class DAMVP(Method):
         frames = framed(*(getattr(self, part) for part in FRAME)).to(images.dtype)  # (m, 3, H, W)
         if len(frames) == 1:
             return images + frames
-        with torch.no_grad():
-            feature = run(images)[0]
-        return images + frames[self.nearest(feature)]
+        return images + frames[self.nearest(run.frozen(images))]
 
     def nearest(self, feature: Tensor) -> Tensor:
         """feature (b, d) -> (b,) the cluster of each picture."""

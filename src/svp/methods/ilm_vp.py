@@ -60,6 +60,10 @@ class ILMVP(Method):
         h, w = site.img_size
         if h != w:
             return f"pictures of {h} x {w} pixels have no square frame"
+        if opt.interval > 1 and opt.mapping != "ilm":
+            return f'interval lies between two maps, mapping "{opt.mapping}" has one'
+        if (opt.width if opt.prompt == "expansive" else opt.size) is not None:
+            return f"{'width' if opt.prompt == 'expansive' else 'size'} says nothing of an {opt.prompt} prompt"
         inner, width = sizes(site, opt)
         if opt.prompt == "expansive" and inner >= h:
             return f"size {inner} leaves no frame around pictures of {h} pixels"

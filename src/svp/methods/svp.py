@@ -151,7 +151,7 @@ class SVP(Method):
         return run(tokens.add(self.prompt(read[:, at], i), at))
 
     def branch(self, x, h, i, kind, run):
-        if i not in self.prompted or not self.acts("branch"):
+        if i not in self.prompted or not self.acts("branch") or kind == "mlp":  # what mixes tokens reads the prompts
             return run(h)
         source = h if self.opt.gen_input == "normed" else x
         at = [t for t in range(self.num_tokens) if self.opt.prompt_cls or t not in self.cls]

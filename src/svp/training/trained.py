@@ -70,14 +70,15 @@ class Trained:
         try:
             named = self.config["backbone"]
             name, size, overrides = named["name"], tuple(named["img_size"]), dict(named["overrides"])
-            known = str(named["weights"])
+            known, way = str(named["weights"]), named.get("pos_resize", "middle")
         except (KeyError, TypeError, ValueError) as err:
             problem = f"{self.folder / ADAPTER}: the field {err} is missing or wrong"
             raise SvpError(problem, "save the adapter again", "artefact") from err
         source = weights or weights_beside(self.folder, known)
         net = create_backbone(
-            name, weights=None if source in ("random", "none") else source, img_size=size, kernel=kernel, **overrides
-        )
+            name, weights=None if source in ("random", "none") else source, img_size=size, kernel=kernel, pos_resize=way,
+            **overrides,
+        )  # fmt: skip
         return load(self.folder, net, device=device)
 
 

@@ -276,8 +276,9 @@ def _derivative(ctx, dout, *_):
     if dout is None:
         return (None,) * (3 + 2 * COUNT)
     asked = ctx.needs_input_grad[1 : 1 + 2 * COUNT]
-    kept(dout, ctx.saved_tensors[1])
-    dxz, *grads = torch.ops.svp.mixer_cpu_backward(dout, *ctx.saved_tensors, ctx.scale, list(asked))
+    saved = ctx.saved_tensors
+    kept(dout, saved[1])
+    dxz, *grads = torch.ops.svp.mixer_cpu_backward(dout, *saved, ctx.scale, list(asked))
     return dxz, *(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)), None, None
 
 

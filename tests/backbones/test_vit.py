@@ -1,0 +1,90 @@
+"""Which ViTs of timm are taken, where their weights lie, and whole CLIPs as files."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import _convert_openai_clip
+
+from svp.backbones import create
+from svp.backbones.create import create_backbone, weights_file
+from svp.backbones.vit import published, renamed, tagged
+from svp.errors import SvpError
+
+CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
+SIZES = dict(depth=2, embed_dim=64, num_heads=1, num_classes=12)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A small CLIP of random weights under open_clip's names."""
+    path = tmp_path_factory.mktemp("clip") / "small-picture-side.json"
+    vision = {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32, "head_width": 64}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": 12, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    return open_clip.create_model("small-picture-side").eval()
+
+
+def test_a_whole_clip_is_read_as_its_picture_side(clip, tmp_path):
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
+    torch.save(clip.state_dict(), tmp_path / "clip.bin")
+    images = torch.randn(2, 3, 224, 224)
+    for name in ("clip.safetensors", "clip.bin"):
+        net = create_backbone(CLIP, weights=tmp_path / name, **SIZES)
+        with torch.no_grad():
+            torch.testing.assert_close(net(images), clip.encode_image(images), rtol=1e-4, atol=1e-5)
+    visual = {f"visual.{k}": v for k, v in clip.visual.state_dict().items()}
+    theirs, ours = _convert_openai_clip(visual, net), renamed(visual)
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
+
+
+def test_other_files_keep_their_names():
+    tensors = {"cls_token": torch.zeros(1)}
+    assert renamed(tensors) is tensors
+
+
+def test_weights_lie_where_timm_has_them():
+    assert published(CLIP)[0] == "timm/vit_base_patch32_clip_224.openai"
+    assert published("deit_tiny_patch16_224.fb_in1k")[:2] == ("timm/deit_tiny_patch16_224.fb_in1k", "model.safetensors")
+    assert published("vit_nano") is None and published("vit_of_nobody") is None
+    assert tagged("deit_tiny_patch16_224") == "deit_tiny_patch16_224.fb_in1k" and tagged("vit_nano") == "vit_nano"
+    assert tagged("vit_base_patch32_clip_224") == "vit_base_patch32_clip_224.laion2b_ft_in12k_in1k"  # a classifier
+
+
+def test_the_first_file_that_is_there_is_taken(tmp_path, monkeypatch):
+    import huggingface_hub as hub
+
+    asked = []
+
+    class Absent(hub.errors.EntryNotFoundError):
+        def __init__(self):
+            Exception.__init__(self, "404")
+
+    def download(repository, file):
+        asked.append(file)
+        if file != "pytorch_model.bin":
+            raise Absent
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert weights_file(CLIP, "default").name == "pytorch_model.bin"
+    assert asked == ["model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
+    with pytest.raises(SvpError, match=r"a\.bin of one/two could not be fetched"):
+        create.from_hub("one/two", "a.bin")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_distilled_patch16_224",
+        "vit_tiny_r_s16_p8_224",
+        "vit_base_patch16_xp_224",
+        "vit_small_patch16_18x2_224",
+    ],
+)
+def test_transformers_with_other_parts_are_refused(name):
+    with pytest.raises(SvpError, match="which is not offered"):
+        create_backbone(name)
