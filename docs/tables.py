@@ -161,13 +161,14 @@ def measured_on(backbone: str, found: dict, methods: int) -> str:
 
     runs = [{**found["shared"], **run} for run in found["runs"] if run["backbone"] == backbone and "failed" not in run]
     wanted = methods * len(found["factors"])
+    commits = list(dict.fromkeys((run["git"] or "unknown")[:12] for run in runs))
     low, high = binomial_interval(max(run["test_accuracy"] for run in runs), runs[0]["data"]["sizes"]["test"])
     return (
         origin([{**runs[0], "epochs": runs[0]["recipe"]["epochs"]}])
         + f" {len(runs)} of {wanted} runs are done; images/s of forward and backward passes, in seconds of one core; memory of the whole process; an epoch with its validation,"
         + " the median, beside other work on the machine;"
         + f" chance is {100 / runs[0]['classes']:.1f} %, the 95 % interval of the best accuracy ± {50 * (high - low):.1f} by the number"
-        + f" of test pictures alone; svp at {(runs[0]['git'] or 'unknown')[:12]}; `benchmarks/methods_table.py`.\n"
+        + f" of test pictures alone; svp at {', '.join(commits)}; `benchmarks/methods_table.py`.\n"
     )
 
 

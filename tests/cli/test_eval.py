@@ -59,6 +59,41 @@ def test_without_a_test_split_validation_is_measured_and_said(svp, config, loose
     assert told.code == 1 and "has no test split" in told.err
 
 
+def test_new_pictures_are_all_measured(svp, trained, photos, tmp_path):
+    """Nothing is cut off; one class, one picture, or test/ alone is enough."""
+    shutil.copytree(photos / "train", tmp_path / "new")
+    count = len(list((tmp_path / "new").rglob("*.png")))
+    told = svp("eval", trained, tmp_path / "new", "--out", tmp_path / "out", "--json")
+    scores = json.loads(told.out)
+    assert sum(row["pictures"] for row in scores["classes"]) == count and scores["split"] == "test"
+    assert "the epoch was selected" not in told.err
+    shutil.rmtree(tmp_path / "new" / "red")
+    for path in sorted((tmp_path / "new" / "blue").iterdir())[1:]:
+        path.unlink()
+    shutil.rmtree(tmp_path / "new" / "green")
+    told = svp("eval", trained, tmp_path / "new", "--out", tmp_path / "out", "--json")
+    assert [row["pictures"] for row in json.loads(told.out)["classes"]] == [1, 0, 0]
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(photos / "test", tmp_path / "alone" / "test")
+    told = svp("eval", trained, tmp_path / "alone", "--out", tmp_path / "out", "--json")
+    assert json.loads(told.out)["accuracy"] == result(trained)["test_accuracy"]
+    told = svp("eval", trained, tmp_path / "alone", "--out", tmp_path / "out", "--split", "test")
+    assert told.code == 1 and "no train folder" in told.err  # as it would be trained on
+
+
+def test_a_run_is_measured_as_it_read_its_pictures(svp, config, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "mine")
+    (tmp_path / "mine" / "test" / "red" / "x.png").write_bytes(b"nothing")
+    words = ("train", tmp_path / "mine", "--config", config, "--method", "linear", "--epochs", "1")
+    assert svp(*words, "--on-bad-image", "skip", "--max-pixels", "1000", "--out", tmp_path / "run", "-q").code == 0
+    told = svp("eval", tmp_path / "run", "--json")
+    assert told.code == 0 and json.loads(told.out)["accuracy"] == result(tmp_path / "run")["test_accuracy"]
+    told = svp("train", "--config", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", "-q", "--json")
+    assert told.code == 0 and json.loads(told.out)["runs"][0]["data"] == result(tmp_path / "run")["data"]
+    told = svp("eval", tmp_path / "run", "--on-bad-image", "error")
+    assert told.code == 1 and "x.png" in told.err
+
+
 def test_other_numbers_than_the_run_reported_are_said(svp, trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)

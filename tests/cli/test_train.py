@@ -31,6 +31,16 @@ def test_a_finished_run_prints_its_table_again(svp, trained, config):
     assert told.code == 2 and "other settings" in told.err and "recipe.lr" in told.err
 
 
+def test_what_may_change_in_a_run_that_goes_on(svp, trained, config, photos):
+    """Device, workers and the words for the source; neither the compiler nor determinism, which move numbers."""
+    words = ("train", "--config", config, "-s", "hidden=4", "--epochs", "2", "--out", trained)
+    assert svp(*words, "--workers", "1").code == 0
+    assert svp("train", f"folder:{photos}/", *words[1:]).code == 0
+    for flag in ("--deterministic", "--compile"):
+        told = svp(*words, flag)
+        assert told.code == 2 and f"machine.{flag[2:]}: False -> True" in told.err
+
+
 def test_a_config_of_a_run_repeats_it(svp, trained, tmp_path):
     told = svp("train", "--config", trained / "config.yaml", "--out", tmp_path / "again", "-q")
     assert told.code == 0 and told.err == ""

@@ -20,7 +20,7 @@ from svp.cli.words import JSON, Page, columns, examples
 from svp.errors import SvpError
 
 CORE = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "pyyaml", "click", "rich", "scikit-learn", "matplotlib", "pyarrow")  # fmt: skip
-EXTRAS = {"hf": ("datasets", "transformers"), "clip": ("open_clip",)}
+EXTRAS = {"clip": ("open_clip",)}
 COMPILERS = {"win32": ("cl", "clang-cl"), "darwin": ("c++", "clang++")}
 GET_COMPILER = {
     "win32": "install Visual Studio Build Tools with C++",

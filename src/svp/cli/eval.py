@@ -64,8 +64,9 @@ SECTIONS = {
 def command(**typed: Any) -> None:
     """Measure a trained run: accuracy, accuracy per class, confusion, calibration.
 
-    RUN is a run folder, its model/, or any adapter folder. SOURCE is what it was trained on, if nothing else is given. The
-    scores and the confusion matrix are also written to RUN/eval/.
+    RUN is a run folder, its model/, or any adapter folder. SOURCE is what it was trained on, if nothing else is given; of
+    another one its test split is measured, or where it has none all its pictures. The scores and the confusion matrix are
+    also written to RUN/eval/.
     """
     from svp.training.evaluate import evaluate
     from svp.training.machine import device_named
@@ -104,14 +105,24 @@ def command(**typed: Any) -> None:
 
 
 def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
-    """The splits of SOURCE, else of the run's own source, under the run's protocol."""
-    from svp.data.sources import open_data
+    """The splits of SOURCE, all its pictures where no split is asked for; else of the run's own source, as the run read it."""
+    from svp.data.sources import open_data, open_whole
 
     source = typed["source"] or found.source
     if source is None:
         raise SvpError(f"{found.home} does not say what it was trained on", f"svp eval {typed['run']} SOURCE", "usage")
+    was = found.settings.get("reading") or {}
+    is_asked = (
+        click.get_current_context().get_parameter_source("on_bad_image") is not click.core.ParameterSource.DEFAULT
+    )
+    reading = {
+        "on_bad_image": typed["on_bad_image"] if is_asked else was.get("on_bad_image", "error"),
+        **({"max_pixels": was["max_pixels"]} if "max_pixels" in was else {}),
+    }
     try:
-        return open_data(source, protocol=found.protocol, on_bad_image=typed["on_bad_image"])
+        if typed["source"] and not typed["split"]:
+            return open_whole(source, protocol=found.protocol, **reading)
+        return open_data(source, protocol=found.protocol, **reading)
     except SvpError as err:
         if typed["source"]:
             raise

@@ -16,9 +16,10 @@ from svp.training.config import read_yaml
 from svp.training.recipe import Recipe, check_version, recipe_from
 
 BACKBONE, WEIGHTS = "vim_nano", "default"
+MAX_PIXELS = 178_956_970  # data/pictures.py's, which loads Pillow
 CONFIG_KEYS = (  # of config.yaml, as a run writes it; a hand-written one may hold any part of it
     "svp_version", "source", "protocol", "backbone", "weights", "img_size", "method", "methods", "head", "recipe",
-    "lr_used", "seed", "seeds", "amp", "data", "machine",
+    "lr_used", "seed", "seeds", "amp", "data", "reading", "machine",
 )  # fmt: skip
 SHORTCUTS = ("epochs", "lr", "weight_decay", "batch_size", "accumulate")  # recipe fields with a flag of their own
 
@@ -53,6 +54,10 @@ class Plan:
     amp: str
     device: str
     workers: int | None
+    on_bad_image: str = "error"
+    max_pixels: int = MAX_PIXELS
+    compile: bool = False
+    deterministic: bool = False
     origins: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -99,7 +104,7 @@ def plan_from(typed: dict[str, Any]) -> Plan:
     if (meant := without_dashes(str(source))) is not None and not Path(source).exists():
         raise meant
     weights = words.get("weights", WEIGHTS)
-    machine = config.get("machine") or {}
+    machine, reading = config.get("machine") or {}, config.get("reading") or {}
     return Plan(
         source=str(source), protocol=words.get("protocol", "default"), backbone=words.get("backbone", BACKBONE),
         weights=None if weights in ("none", "random") else weights, img_size=words.get("img_size", None),
@@ -107,7 +112,11 @@ def plan_from(typed: dict[str, Any]) -> Plan:
         wanted=_wanted(typed, config, row), head=words.get("head", "linear"),
         recipe=_recipe(typed, config, row, words, path), seeds=tuple(words.get("seeds", (0,))),
         amp=words.get("amp", "auto"), device=typed.get("device") or machine.get("device") or "auto",
-        workers=typed["workers"] if typed.get("workers") is not None else machine.get("workers"), origins=words.origins,
+        workers=typed["workers"] if typed.get("workers") is not None else machine.get("workers"),
+        on_bad_image=typed.get("on_bad_image") or reading.get("on_bad_image") or "error",
+        max_pixels=typed.get("max_pixels") or reading.get("max_pixels") or MAX_PIXELS,
+        compile=bool(typed.get("compile") or machine.get("compile")),
+        deterministic=bool(typed.get("deterministic") or machine.get("deterministic")), origins=words.origins,
     )  # fmt: skip
 
 
@@ -172,6 +181,14 @@ def read_config(path: str) -> dict[str, Any]:
         if not all(map(_is_count, seeds)):
             raise wrong("seeds" if "seeds" in values else "seed", "whole numbers from 0")
         found["seeds"] = tuple(seeds)
+    if (reading := values.get("reading")) is not None:
+        if (
+            not isinstance(reading, dict)
+            or reading.get("on_bad_image", "error") not in ("error", "skip")
+            or not _is_count(reading.get("max_pixels", 1))
+        ):
+            raise wrong("reading", "on_bad_image, error or skip, and max_pixels, a whole number")
+        found["reading"] = reading
     if (machine := values.get("machine")) is not None:
         if not isinstance(machine, dict) or not _is_count(machine.get("workers") or 0):
             raise wrong("machine", "device and workers, a whole number from 0")

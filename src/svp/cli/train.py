@@ -87,7 +87,12 @@ def command(**typed: Any) -> None:
             "--resume and --overwrite exclude each other", "--resume continues, --overwrite starts again", "usage"
         )
     ctx = click.get_current_context()
-    for name in ("device", "amp"):  # their defaults stand in the help page; what nobody typed is no word
+    for name in (
+        "device",
+        "amp",
+        "on_bad_image",
+        "max_pixels",
+    ):  # their defaults stand in the help page; what nobody typed is no word
         if ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
             typed[name] = None
     plan = plan_from(typed)
@@ -104,9 +109,7 @@ def train(plan: Plan, typed: dict[str, Any]) -> None:
 
     quiet = typed["quiet"]
     native.keep_freed_memory()
-    data = open_data(
-        plan.source, protocol=plan.protocol, on_bad_image=typed["on_bad_image"], max_pixels=typed["max_pixels"]
-    )
+    data = open_data(plan.source, protocol=plan.protocol, on_bad_image=plan.on_bad_image, max_pixels=plan.max_pixels)
     net = backbone_of(plan)
     check_memory(net, len(data.train), plan.recipe)  # before the probe, which would fill it
     if not native.available and plan.kernel == "auto":
@@ -163,7 +166,7 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
             run = fit(
                 model, data, recipe=plan.recipe, seed=seed, out=folder, device=plan.device, amp=plan.amp,  # type: ignore[arg-type]
                 workers=plan.workers, resume=typed["resume"] and (folder in half or not half), overwrite=typed["overwrite"],
-                compile=typed["compile"], report=progress, deterministic=typed["deterministic"],
+                compile=plan.compile, report=progress, deterministic=plan.deterministic,
             )  # fmt: skip
             if was_finished:
                 say(f"{folder} holds this run already: these are its numbers; --overwrite trains again", quiet)

@@ -196,6 +196,8 @@ class Splits:
     notes      one-line facts for the user; skipped: "name: reason" of pictures left out
     test       None: there is none, validation is reported
     pixels     split name -> (values (len, features), labels (len,)) for a raw pixel baseline, or None
+    reading    how `open_data` was asked to treat bad and large pictures
+    whole      all pictures are one split, to be measured: their classes may be a part of a model's
     """
 
     source: str
@@ -209,6 +211,8 @@ class Splits:
     notes: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     pixels: Callable[[str], Any] | None = field(default=None, repr=False)
+    reading: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
     @property
     def num_classes(self) -> int:

@@ -96,7 +96,8 @@ def evaluate(
 def in_order_of(model: AdaptedModel, data: Splits) -> Splits:
     """The splits with the model's class indices; raises SvpError when the names of the classes differ."""
     names = tuple(model.classes or data.classes)
-    if model.num_classes != len(data.classes) or set(names) != set(data.classes):
+    fits = set(data.classes) <= set(names) if data.whole else set(names) == set(data.classes)
+    if model.num_classes != len(names) or not fits:
         strange = [name for name in data.classes if name not in names][:3]
         more = f", for example {', '.join(strange)}" if strange else ""
         raise SvpError(

@@ -84,6 +84,7 @@ def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, am
         "seed": seed,
         "amp": amp,
         "data": {"hash": data.hash(), "sizes": data.sizes},
+        **({"reading": dict(data.reading)} if data.reading else {}),
     }  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from svp.training.config import differences, plain, read_yaml, to_yaml
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.yaml", "metrics.jsonl", "result.json", "predictions.csv"
 MODEL, CHECKPOINT, STATE, EVAL, LOCK = "model", "checkpoint", "state.pt", "eval", ".lock"
 OURS = (CONFIG, METRICS, RESULT, PREDICTIONS, MODEL, CHECKPOINT, EVAL, LOCK)
-MAY_CHANGE = ("machine", "svp_version")  # between a run and its resumption
+MAY_CHANGE = ("svp_version", "source", "reading")  # between a run and its resumption: the data's hash says what is read
+OF_MACHINE = ("device", "workers")
 
 
 class RunFolder:
@@ -87,7 +88,7 @@ class RunFolder:
             )  # fmt: skip
 
     def _compare(self, held: dict[str, Any], settings: dict[str, Any]) -> None:
-        old, new = ({k: v for k, v in plain(s).items() if k not in MAY_CHANGE} for s in (held, settings))
+        old, new = (_lasting(plain(s)) for s in (held, settings))
         found = differences(old, new)
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -238,6 +239,12 @@ class RunFolder:
         except OSError as err:
             hint = "free some space; --resume continues from the last checkpoint" if err.errno == 28 else "--out FOLDER"
             raise SvpError(f"{_short(path or self.path)} cannot be {done}: {err.strerror or err}", hint, "env") from err
+
+
+def _lasting(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that a run keeps to its end."""
+    machine = {k: v for k, v in (settings.get("machine") or {}).items() if k not in OF_MACHINE}
+    return {**{k: v for k, v in settings.items() if k not in MAY_CHANGE}, "machine": machine}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -85,7 +85,9 @@ def fit(
     chosen = recipe if isinstance(recipe, Recipe) else recipe_from(recipe or "default").recipe
     chosen = resolve(changed(chosen, {}, "the recipe"), default_lr(model.method))
     place = machine.device_named(device)
-    used_amp = machine.precision(amp, chosen.amp, place)
+    machine.git_revision()
+    held = (RunFolder(out).settings() or {}).get("amp") if out is not None and resume and amp == "auto" else None
+    used_amp = machine.precision(held or amp, chosen.amp, place)  # what a run began with, it ends with
     given = splits
     splits = in_order_of(model, given)
     check(splits, chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import subprocess
@@ -137,6 +138,7 @@ def versions() -> dict[str, str]:
     }
 
 
+@functools.cache  # of the code that was loaded: files may change while a run goes on
 def git_revision() -> str | None:
     """The commit of a source checkout of this package, "-dirty" where files differ; None for an installed one."""
     root = Path(__file__).resolve().parents[3]

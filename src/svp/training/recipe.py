@@ -66,7 +66,7 @@ class Recipe:
     drop_path: float = option(0.0, "stochastic depth of the (frozen) backbone while training", low=0.0, high=0.9)
     ema: float = option(0.0, "decay of the averaged weights that are evaluated and saved; 0: off", low=0.0, high=1.0)
     grad_checkpointing: bool = option(
-        False, "compute each block again in the backward pass: a third of the memory for a third more time"
+        False, "compute each block again in the backward pass: half the memory for a third more time"
     )
     amp: Literal["off", "bf16", "fp16"] | None = option(None, "precision of this recipe; none: as --amp says")
     eval_batch_size: int = option(64, "pictures of a forward pass in evaluation", low=1, high=1_000_000)

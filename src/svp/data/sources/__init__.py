@@ -36,10 +36,38 @@ def open_data(
     max_pixels    a picture whose header claims more is refused before it is decoded
     Raises SvpError (kind "data" or "usage") when the source cannot be understood or used.
     """
+    return _opened(source, protocol, seed, on_bad_image, max_pixels)
+
+
+def open_whole(
+    source: str | os.PathLike,
+    *,
+    protocol: str | Protocol = "default",
+    on_bad_image: str = "error",
+    max_pixels: int = MAX_PIXELS,
+) -> Splits:
+    """The pictures of a source to be measured with a model: its test split where there is one, else all of them.
+
+    Nothing is cut off, a folder may hold test/ alone, one class or one picture of a class is enough.
+    Raises SvpError as `open_data` does.
+    """
+    return _opened(source, protocol, 0, on_bad_image, max_pixels, whole=True)
+
+
+def _opened(
+    source: str | os.PathLike,
+    protocol: str | Protocol,
+    seed: int,
+    on_bad_image: str,
+    max_pixels: int,
+    whole: bool = False,
+) -> Splits:
     if on_bad_image not in ("error", "skip"):
         raise SvpError(f"on_bad_image is '{on_bad_image}', expected error or skip", "--on-bad-image skip", "usage")
     kind, rest = _kind(os.fspath(source))
-    request = Request(os.fspath(source), rest, protocol_named(protocol), seed, on_bad_image == "skip", max_pixels)
+    request = Request(
+        os.fspath(source), rest, protocol_named(protocol), seed, on_bad_image == "skip", max_pixels, whole
+    )
     return importlib.import_module(f"svp.data.sources.{kind}").open_source(request)
 
 

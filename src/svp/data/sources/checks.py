@@ -33,10 +33,18 @@ def finished(splits: Splits, request: Request, by_number: bool = False) -> Split
         note = f"pictures are not mirrored: the folder's name speaks of {forbidden}"
         splits = splits.but(may_flip=False).noted(note)
     splits = _without_bad(splits) if request.skip else splits
-    splits = splits.noted(_changes_note(splits))
+    splits = splits.noted(_changes_note(splits)).but(reading=request.reading)
+    if request.whole:
+        return _as_one(splits)
     splits = _classes_checked(splits, by_number)
     splits = by_protocol(splits, request.seed)
     return splits.noted(*_duplicates(splits))
+
+
+def _as_one(splits: Splits) -> Splits:
+    """The test split where there is one, else all pictures, in the place of every split."""
+    test = splits.test if splits.test is not None else Part(*splits.parts.values())
+    return splits.but(train=test, val=test, test=test, whole=True)
 
 
 def upscale_note(splits: Splits, p: Preprocessing) -> str:

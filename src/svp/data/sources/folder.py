@@ -26,7 +26,7 @@ def open_source(request: Request) -> Splits:
     elif is_fgvc(root):
         parts, classes, found = *fgvc(root), "split files of FGVC (train.json)"
     else:
-        parts, classes, found = _folders(root, walk)
+        parts, classes, found = _folders(root, walk, request.whole)
     files = {name: Files(paths, labels, str(root), request.max_pixels) for name, (paths, labels) in parts.items()}
     opened = Splits(
         request.source, files["train"], files.get("val"), files.get("test"), classes, protocol=request.protocol,  # type: ignore[arg-type]
@@ -35,12 +35,12 @@ def open_source(request: Request) -> Splits:
     return finished(opened, request, by_number)
 
 
-def _folders(root: Path, walk: Walk) -> tuple[Parts, tuple[str, ...], str]:
-    tops = _tops(root, walk)
+def _folders(root: Path, walk: Walk, whole: bool) -> tuple[Parts, tuple[str, ...], str]:
+    tops = _tops(root, walk, whole)
     classes = tuple(walk.folders(tops["train"]))
     if not classes:
         raise _nothing(root, tops["train"], walk)
-    if len(classes) == 1 and len(walk.folders(root / classes[0])) > 1 and tops["train"] == root:
+    if len(classes) == 1 and not whole and len(walk.folders(root / classes[0])) > 1 and tops["train"] == root:
         problem = f"{shown(root)} needs at least two classes, it has only '{shown(classes[0])}'"
         raise SvpError(problem, f"did you mean folder:{shown(root / classes[0])}?", "data")
     found = {split: _by_class(top, walk) for split, top in tops.items()}
@@ -70,10 +70,15 @@ def _by_class(top: Path, walk: Walk) -> dict[str, list[str]]:
     return {name: walk.pictures(top / name) for name in walk.folders(top)}
 
 
-def _tops(root: Path, walk: Walk) -> dict[str, Path]:
-    """Where the class folders of each split are: root/{train,val,test}, or root itself for train."""
+def _tops(root: Path, walk: Walk, whole: bool) -> dict[str, Path]:
+    """Where the class folders of each split are: root/{train,val,test}, or root itself for train.
+
+    What is only measured is all called train: root/test where there is one.
+    """
     folders = walk.folders(root)
     found = {split: [name for name in folders if name.lower() in names] for split, names in SPLITS.items()}
+    if whole and len(found["test"]) == 1 and walk.folders(root / found["test"][0]):
+        return {"train": root / found["test"][0]}
     if not found["train"] or not walk.folders(root / found["train"][0]):  # a class may be called "train", of trains
         others = [name for split in ("val", "test") for name in found[split]]
         if others and len(folders) == len(others):

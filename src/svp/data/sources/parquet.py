@@ -29,7 +29,7 @@ def open_source(request: Request) -> Splits:
     folder = request.folder()
     below = folder / "data" if not any(folder.glob("*.parquet")) and (folder / "data").is_dir() else folder
     files = {split: _files(below, names) for split, names in NAMES.items()}
-    if not files["train"]:
+    if not files["train"] and not (request.whole and files["test"]):
         seen = sorted(p.name for p in below.glob("*.parquet"))[:3]
         what = f"it has {', '.join(map(shown, seen))}" if seen else "it has no Parquet files"
         hint = (
@@ -48,7 +48,7 @@ def open_source(request: Request) -> Splits:
             more = f" (and {len(wrong) - 1} more rows)" if len(wrong) > 1 else ""
             raise SvpError(problem + more, f"check the labels of {split}", "data")
     opened = Splits(
-        request.source, parts["train"], parts.get("val"), parts.get("test"), classes,  # type: ignore[arg-type]
+        request.source, parts.get("train", parts.get("test")), parts.get("val"), parts.get("test"), classes,  # type: ignore[arg-type]
         protocol=request.protocol,
     )  # fmt: skip
     return finished(opened, request)

@@ -15,7 +15,10 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 @dataclass(frozen=True)
 class Request:
-    """The source as it was typed, what follows its kind (a path), and how it is to be opened."""
+    """The source as it was typed, what follows its kind (a path), and how it is to be opened.
+
+    whole  to be measured, not trained on: see `open_whole`
+    """
 
     source: str
     rest: str = ""
@@ -23,6 +26,11 @@ class Request:
     seed: int = 0
     skip: bool = False
     max_pixels: int = MAX_PIXELS
+    whole: bool = False
+
+    @property
+    def reading(self) -> dict[str, object]:
+        return {"on_bad_image": "skip" if self.skip else "error", "max_pixels": self.max_pixels}
 
     def folder(self) -> Path:
         """The folder that is meant, or an error with its nearest existing parent."""
