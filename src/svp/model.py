@@ -317,6 +317,7 @@ def adapt(
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
         torch.manual_seed(seed)  # again: a head's start values are the same whatever the method drew
         own = joined.make_head(site, num_classes)
+        head = "linear" if isinstance(head, str) and head == "method" else head  # as a run of such a method says it
         if own is not None and head != "linear":
             said = f"'{head}'" if isinstance(head, str) else type(head).__name__
             raise SvpError(f"{'+'.join(n for n, _ in specs)} brings a head of its own, beside which head {said} has no place",
@@ -388,9 +389,15 @@ def load(
                 backbone, spec, num_classes=config["num_classes"], head=head, classes=config["classes"], probe=False
             )
         except SvpError as err:
-            hint = "the file was changed by hand, or by a newer svp; copy the adapter again"
+            hint = "the file was changed by hand, or is of a svp that took these options otherwise; copy it again, or train again"
             raise SvpError(f"{folder / 'adapter_config.json'}: {err.problem}", hint, "artefact") from err
-        model.preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        prepared = Preprocessing.from_dict(config["preprocessing"])
+        if (prepared.mean, prepared.std) != (model.preprocessing.mean, model.preprocessing.std):
+            raise SvpError(
+                f"{folder} was saved by an earlier svp, whose {model.method_name} took pictures prepared otherwise",
+                "train it again", "artefact",
+            )  # fmt: skip
+        model.preprocessing = prepared
         model.task = config["task"]
     except (KeyError, TypeError, ValueError) as err:
         raise SvpError(
@@ -500,6 +507,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
     What else lies in the older one, for example the weights of a converted backbone, lies in the new one too.
     """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
         raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")

@@ -94,6 +94,25 @@ def test_a_run_is_measured_as_it_read_its_pictures(svp, config, photos, tmp_path
     assert told.code == 1 and "x.png" in told.err
 
 
+def test_the_run_s_own_pictures_that_moved_are_split_as_in_training(svp, config, loose, tmp_path):
+    words = ("train", f"folder:{loose}", "--config", config, "--method", "linear", "--epochs", "1")
+    assert svp(*words, "--out", tmp_path / "run", "-q").code == 0
+    shutil.copytree(loose, tmp_path / "moved")
+    told = svp("eval", tmp_path / "run", tmp_path / "moved", "--json", "--out", tmp_path / "out")
+    scores = json.loads(told.out)
+    assert scores["split"] == "val" and scores["accuracy"] == result(tmp_path / "run")["val_accuracy"]
+    assert "the epoch was selected" in told.err
+
+
+def test_bad_pictures_of_a_measured_folder_are_left_out(svp, trained, photos, tmp_path):
+    shutil.copytree(photos / "test", tmp_path / "new")
+    for path in (tmp_path / "new" / "red").iterdir():
+        path.write_bytes(b"nothing")
+    told = svp("eval", trained, tmp_path / "new", "--on-bad-image", "skip", "--json", "--out", tmp_path / "out")
+    assert told.code == 0 and [row["pictures"] for row in json.loads(told.out)["classes"]][2] == 0
+    assert "pictures were left out" in told.err
+
+
 def test_other_numbers_than_the_run_reported_are_said(svp, trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)

@@ -31,11 +31,10 @@ def test_a_finished_run_prints_its_table_again(svp, trained, config):
     assert told.code == 2 and "other settings" in told.err and "recipe.lr" in told.err
 
 
-def test_what_may_change_in_a_run_that_goes_on(svp, trained, config, photos):
-    """Device, workers and the words for the source; neither the compiler nor determinism, which move numbers."""
+def test_what_may_change_in_a_run_that_goes_on(svp, trained, config):
+    """Device and workers; neither the compiler nor determinism, which move numbers."""
     words = ("train", "--config", config, "-s", "hidden=4", "--epochs", "2", "--out", trained)
     assert svp(*words, "--workers", "1").code == 0
-    assert svp("train", f"folder:{photos}/", *words[1:]).code == 0
     for flag in ("--deterministic", "--compile"):
         told = svp(*words, flag)
         assert told.code == 2 and f"machine.{flag[2:]}: False -> True" in told.err
@@ -167,3 +166,16 @@ def test_a_signal_ends_a_run_that_can_be_resumed(config, tmp_path, number, code)
             if line.startswith("epoch   2/200"):
                 running.send_signal(number)
     assert running.returncode == code and (out / "checkpoint").is_dir() and not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize("method", ["ilm_vp", "vp:published"])
+def test_a_config_of_a_method_with_its_own_head_repeats_it(svp, config, tmp_path, method):
+    words = ("train", "--config", config, "--method", method, "--epochs", "1", "--out", tmp_path / "run", "-q")
+    assert svp(*words).code == 0
+    told = svp("train", "--config", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", "-q")
+    assert told.code == 0, told.err
+    config_file = tmp_path / "run" / "config.yaml"
+    config_file.write_text(
+        "".join(line for line in config_file.read_text().splitlines(True) if "embeddings" not in line)
+    )
+    assert svp(*words).code == 0  # written before there was such an option, whose default it had

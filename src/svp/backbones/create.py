@@ -119,6 +119,10 @@ def from_hub(repository: str, *files: str) -> Path:
     HF_HUB_OFFLINE is honoured.
     """
     hub = importlib.import_module("huggingface_hub")
+    for name in files:
+        cached = hub.try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
     file, *others = files
     address = f"https://huggingface.co/{repository}/resolve/main/{file}"
     try:

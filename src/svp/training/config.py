@@ -69,9 +69,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
+        elif isinstance(a, list) and isinstance(b, list) and _rows(a) and _rows(b) and len(a) == len(b):
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                found += differences(x, y, f"{prefix}{key}.{i}.")
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found
+
+
+def _rows(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(row, dict) for row in values)
 
 
 def _text(path: Path) -> str:

@@ -22,7 +22,7 @@ from svp.training.config import differences, plain, read_yaml, to_yaml
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.yaml", "metrics.jsonl", "result.json", "predictions.csv"
 MODEL, CHECKPOINT, STATE, EVAL, LOCK = "model", "checkpoint", "state.pt", "eval", ".lock"
 OURS = (CONFIG, METRICS, RESULT, PREDICTIONS, MODEL, CHECKPOINT, EVAL, LOCK)
-MAY_CHANGE = ("svp_version", "source", "reading")  # between a run and its resumption: the data's hash says what is read
+MAY_CHANGE = ("svp_version", "reading")  # between a run and its resumption: the data's hash says what was read
 OF_MACHINE = ("device", "workers")
 
 

@@ -32,7 +32,7 @@ def finished(splits: Splits, request: Request, by_number: bool = False) -> Split
     if forbidden:
         note = f"pictures are not mirrored: the folder's name speaks of {forbidden}"
         splits = splits.but(may_flip=False).noted(note)
-    splits = _without_bad(splits) if request.skip else splits
+    splits = _without_bad(splits, request.whole) if request.skip else splits
     splits = splits.noted(_changes_note(splits)).but(reading=request.reading)
     if request.whole:
         return _as_one(splits)
@@ -92,7 +92,7 @@ def _classes_checked(splits: Splits, by_number: bool) -> Splits:
     return splits.noted(*notes)
 
 
-def _without_bad(splits: Splits) -> Splits:
+def _without_bad(splits: Splits, whole: bool) -> Splits:
     """Every picture decoded once; what cannot be is left out and listed."""
     changes: dict[str, Any] = {}
     skipped = list(splits.skipped)
@@ -105,7 +105,7 @@ def _without_bad(splits: Splits) -> Splits:
             problem = f"none of the {len(part)} {name} pictures of {splits.source} can be read: {'; '.join(bad[:3])}"
             raise SvpError(problem, "check the files", "data")
         lost = set(part.labels.tolist()) - set(part.labels[good].tolist())
-        if name == "train" and lost:
+        if name == "train" and lost and not whole:
             names = ", ".join(f"'{splits.classes[k]}'" for k in sorted(lost)[:5])
             raise SvpError(f"{splits.source}: no training picture of class {names} can be read: {bad[0]}", "check the files", "data")  # fmt: skip
         skipped += bad

@@ -45,7 +45,7 @@ def _folders(root: Path, walk: Walk, whole: bool) -> tuple[Parts, tuple[str, ...
         raise SvpError(problem, f"did you mean folder:{shown(root / classes[0])}?", "data")
     found = {split: _by_class(top, walk) for split, top in tops.items()}
     empty = next((name for name, paths in found["train"].items() if not paths), None)
-    if empty is not None:
+    if empty is not None and not whole:
         problem = f"the class folder {shown(tops['train'] / empty)} holds no pictures"
         raise SvpError(problem, "add pictures, or remove the folder", "data")
     parts: Parts = {}

@@ -162,8 +162,11 @@ class Grads:
         if shares["dh0"] is not None:
             self.each("h0", shares["dh0"], some)
 
-    @torch.autocast("cpu", enabled=False)
     def products(self, u: Tensor, code: Tensor, ddelta: Tensor, dcode: Tensor) -> None:
+        with torch.autocast("cpu", enabled=False):  # a backward may be called inside of it
+            self._products(u, code, ddelta, dcode)
+
+    def _products(self, u: Tensor, code: Tensor, ddelta: Tensor, dcode: Tensor) -> None:
         if self.asked["x_proj"]:
             self.add("x_proj", dcode.flatten(0, 1).T @ u.flatten(0, 1))
         if self.asked["x_proj_bias"]:
