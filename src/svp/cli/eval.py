@@ -122,12 +122,11 @@ def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
     }
     try:
         if typed["source"] and not typed["split"]:
-            own = (found.settings.get("data") or {}).get("hash")
             with contextlib.suppress(
                 SvpError
             ):  # the run's own pictures, which may have moved: never those it was trained on
                 data = open_data(source, protocol=found.protocol, **reading)
-                if data.hash() == own:
+                if data.hash() == (found.settings.get("data") or {}).get("hash"):
                     return data
             return open_whole(source, protocol=found.protocol, **reading)
         return open_data(source, protocol=found.protocol, **reading)

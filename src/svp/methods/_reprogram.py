@@ -136,9 +136,8 @@ def greedy(counts: Tensor, each: int) -> Tensor:
             chosen[target].append(source)
             used.add(source)
     free = (source for source in range(len(counts)) if source not in used)
-    for (
-        rest
-    ) in chosen:  # the cells that are left are equal: sources in their order go to the first class that lacks one
+    # the cells that are left are equal: sources in their order go to the first class that lacks one
+    for rest in chosen:
         rest += itertools.islice(free, each - len(rest))
     return torch.tensor(chosen, device=counts.device)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svp.errors import SvpError
 from svp.extras import need
-from svp.methods._reprogram import SourceHead
+from svp.methods._reprogram import SourceHead, reads_texts
 
 PLAIN = "This is a photo of a {}"  # arXiv 2203.17274; with a full stop it is the first of arXiv 2211.11635
 MANY = 81  # how many texts arXiv 2211.11635 and 2310.08381 make of one class
@@ -92,6 +92,11 @@ class TextHead(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs):
         self.filled = True
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def source_logits(site, classes: tuple[str, ...] | None, num_classes: int, path: str | None) -> SourceHead | TextHead:
+    """feature (b, d) -> what a map or layer reads: the frozen classifier's logits, on CLIP those of many texts of each class."""
+    return TextHead(site, classes, num_classes, MANY, path) if reads_texts(site) else SourceHead(site.source_head)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from svp.errors import SvpError
 from svp.methods._reprogram import (
     LabelMap,
     Normalise,
-    SourceHead,
     by_meaning,
     fitted,
     frame_mask,
@@ -22,7 +21,7 @@ from svp.methods._reprogram import (
     padded,
     reads_texts,
 )
-from svp.methods._texts import MANY, NAMES, TextHead, names_in, read, refined, source_names, unfit_for_texts
+from svp.methods._texts import NAMES, names_in, read, refined, source_logits, source_names, unfit_for_texts
 from svp.methods.base import Method, Phase
 from svp.options import option
 
@@ -115,11 +114,7 @@ class AutoVP(Method):
         return p.but(crop=(size, size), exact=True, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     def make_head(self, site, num_classes):
-        source: nn.Module = (
-            TextHead(site, self.classes, num_classes, MANY, self.opt.embeddings)
-            if self.on_clip
-            else SourceHead(site.source_head)
-        )
+        source = source_logits(site, self.classes, num_classes, self.opt.embeddings)
         if self.opt.mapping != "fully":
             return LabelMap(source, num_classes, self.opt.num_map)
         layer = nn.Linear(source.out_features, num_classes)

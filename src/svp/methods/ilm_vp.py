@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from svp.methods._reprogram import (
     LabelMap,
     Normalise,
-    SourceHead,
     fitted,
     frame_mask,
     inner_side,
@@ -19,7 +18,7 @@ from svp.methods._reprogram import (
     padded,
     reads_texts,
 )
-from svp.methods._texts import MANY, TextHead, unfit_for_texts
+from svp.methods._texts import source_logits, unfit_for_texts
 from svp.methods.base import Method, Phase
 from svp.options import option
 
@@ -94,9 +93,7 @@ class ILMVP(Method):
         return raw.but(crop=(self.inner, self.inner), exact=True, interpolation="bilinear")
 
     def make_head(self, site, num_classes):
-        if reads_texts(site):
-            return LabelMap(TextHead(site, self.classes, num_classes, MANY, self.opt.embeddings), num_classes)
-        return LabelMap(SourceHead(site.source_head), num_classes)
+        return LabelMap(source_logits(site, self.classes, num_classes, self.opt.embeddings), num_classes)
 
     def phases(self, recipe):
         return [Phase(recipe, self.first_map)]

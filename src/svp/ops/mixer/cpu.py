@@ -164,15 +164,12 @@ class Grads:
 
     def products(self, u: Tensor, code: Tensor, ddelta: Tensor, dcode: Tensor) -> None:
         with torch.autocast("cpu", enabled=False):  # a backward may be called inside of it
-            self._products(u, code, ddelta, dcode)
-
-    def _products(self, u: Tensor, code: Tensor, ddelta: Tensor, dcode: Tensor) -> None:
-        if self.asked["x_proj"]:
-            self.add("x_proj", dcode.flatten(0, 1).T @ u.flatten(0, 1))
-        if self.asked["x_proj_bias"]:
-            self.add("x_proj_bias", dcode.sum((0, 1)))
-        if self.asked["dt_proj"]:
-            self.add("dt_proj", ddelta.flatten(0, 1).T @ code[..., : self.w.dt_proj.shape[1]].flatten(0, 1))
+            if self.asked["x_proj"]:
+                self.add("x_proj", dcode.flatten(0, 1).T @ u.flatten(0, 1))
+            if self.asked["x_proj_bias"]:
+                self.add("x_proj_bias", dcode.sum((0, 1)))
+            if self.asked["dt_proj"]:
+                self.add("dt_proj", ddelta.flatten(0, 1).T @ code[..., : self.w.dt_proj.shape[1]].flatten(0, 1))
 
     def convolution(self, parts: tuple[Tensor | None, Tensor | None], some: slice) -> None:
         dweight, dpast = parts
