@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svp.cli.words import without_dashes
+from svp.cli.words import MAX_PIXELS, without_dashes
 from svp.errors import SvpError, nearest, unknown
 from svp.options import assignments
 from svp.registry import METHODS, method_class
@@ -16,7 +16,6 @@ from svp.training.config import read_yaml
 from svp.training.recipe import Recipe, check_version, recipe_from
 
 BACKBONE, WEIGHTS = "vim_nano", "default"
-MAX_PIXELS = 178_956_970  # data/pictures.py's, which loads Pillow
 CONFIG_KEYS = (  # of config.yaml, as a run writes it; a hand-written one may hold any part of it
     "svp_version", "source", "protocol", "backbone", "weights", "img_size", "method", "methods", "head", "recipe",
     "lr_used", "seed", "seeds", "amp", "data", "reading", "machine",

@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svp.cli.words import AMP, BAD_IMAGE, DEVICE, JSON, WORKERS, Finite, Page, Seeds, columns, examples, note, say
+from svp.cli.words import (
+    AMP,
+    BAD_IMAGE,
+    DEVICE,
+    JSON,
+    MAX_PIXELS,
+    WORKERS,
+    Finite,
+    Page,
+    Seeds,
+    columns,
+    examples,
+    note,
+    say,
+)
 from svp.errors import SvpError
 
 if TYPE_CHECKING:
@@ -64,7 +78,7 @@ SECTIONS = {
 @click.option("--overwrite", is_flag=True, help="Start again.")
 @click.option("--config", metavar="FILE", help="Settings of an earlier run, or a part of them; what is typed wins.")
 @click.option("--dry-run", is_flag=True, help="Build and try one batch, print the plan; nothing is kept.")
-@click.option("--max-pixels", type=click.IntRange(1, 178_956_970), default=178_956_970, show_default=True, help="Largest picture that is decoded.")  # fmt: skip
+@click.option("--max-pixels", type=click.IntRange(1, MAX_PIXELS), default=MAX_PIXELS, show_default=True, help="Largest picture that is decoded.")  # fmt: skip
 @click.option("--compile", is_flag=True, help="torch.compile the model.")
 @click.option("--deterministic", is_flag=True, help="Only deterministic algorithms (GPU).")
 @click.option("--quiet", "-q", is_flag=True, help="Only the table.")

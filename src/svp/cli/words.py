@@ -13,6 +13,7 @@ import click
 
 from svp.errors import SvpError
 
+MAX_PIXELS = 178_956_970  # data/pictures.py's, which loads Pillow
 DEVICE = click.option("--device", metavar="auto|cpu|cuda|mps", default="auto", show_default=True, help="Where to compute.")  # fmt: skip
 AMP = click.option(
     "--amp", type=click.Choice(["auto", "off", "bf16", "fp16"]), default="auto", show_default=True,
