@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ops.inputs import LAID, OUT, compare, compare_halves, conv_inputs, run_with_grads
 from support import assert_close
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, causal_conv1d_fn, native
@@ -15,25 +16,8 @@ from svp.ops import causal_conv1d, causal_conv1d_fn, native
 compiled = pytest.mark.skipif(not native.available, reason=native.reason)
 
 
-def random_inputs(b, l, e, taps, seed=0, leave_out=()):
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"x": (b, l, e), "weight": (e, taps), "bias": (e,), "past": (b, e, taps - 1)}
-    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items() if k not in leave_out}
-
-
-def run_with_grads(inputs, dtype, kernel, frozen=(), **options):
-    leaves = {name: t.to(dtype).detach().requires_grad_(name not in frozen) for name, t in inputs.items()}
-    y = causal_conv1d(**leaves, kernel=kernel, **options)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
-    (y * weight).sum().backward()
-    return {"y": y.detach(), **{f"d{name}": t.grad for name, t in leaves.items() if name not in frozen}}
-
-
-def compare(inputs, frozen=(), **options):
-    want = run_with_grads(inputs, torch.float64, "reference", frozen, **options)
-    got = run_with_grads(inputs, torch.float32, "cpu", frozen, **options)
-    for name, t in want.items():
-        assert_close(got[name].double(), t, name, 5e-6)
+def compare_convs(inputs, frozen=(), **options):
+    compare(causal_conv1d, inputs, "cpu", frozen, tolerances=(OUT, OUT), **options)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -42,7 +26,7 @@ def compare(inputs, frozen=(), **options):
     "b,l,e,taps", [(1, 1, 1, 4), (2, 2, 70, 4), (2, 63, 65, 4), (1, 197, 17, 3), (1, 40, 3, 1), (1, 70, 33, 7)]
 )
 def test_kernel_is_the_reference(isa, b, l, e, taps, activation, reverse):
-    compare(random_inputs(b, l, e, taps), activation=activation, reverse=reverse)
+    compare_convs(conv_inputs(b, l, e, taps), activation=activation, reverse=reverse)
 
 
 @compiled
@@ -53,31 +37,31 @@ def test_kernel_is_the_reference(isa, b, l, e, taps, activation, reverse):
     leave_out=st.sets(st.sampled_from(["bias", "past"])), frozen=st.sets(st.sampled_from(["weight", "bias", "past"])),
 )  # fmt: skip
 def test_any_shape(b, l, e, taps, seed, silu, reverse, leave_out, frozen):
-    inputs = random_inputs(b, l, e, taps, seed, leave_out)
-    compare(inputs, frozen, activation="silu" if silu else None, reverse=reverse)
+    inputs = conv_inputs(b, l, e, taps, seed, leave_out)
+    compare_convs(inputs, frozen & set(inputs), activation="silu" if silu else None, reverse=reverse)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_it_is_torchs_convolution(kernel):
-    t = {name: t.float() for name, t in random_inputs(2, 11, 6, 4, leave_out=("past",)).items()}
+    t = {name: t.float() for name, t in conv_inputs(2, 11, 6, 4, leave_out=("past",)).items()}
     want = F.conv1d(t["x"].mT, t["weight"][:, None], t["bias"], padding=3, groups=6)[..., :11].mT
     assert_close(causal_conv1d(**t, kernel=kernel), want, "y", 1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_reverse_is_a_flip_on_both_sides(kernel):
-    t = {name: t.float() for name, t in random_inputs(2, 11, 6, 4).items()}
+    t = {name: t.float() for name, t in conv_inputs(2, 11, 6, 4).items()}
     want = causal_conv1d(**t | {"x": t["x"].flip(1)}, kernel=kernel).flip(1)
     assert_close(causal_conv1d(**t, reverse=True, kernel=kernel), want, "y", 1e-6)
 
 
 def test_threads_change_nothing(isa):
-    inputs = random_inputs(3, 50, 300, 4)
+    inputs = conv_inputs(3, 50, 300, 4)
     try:
         torch.set_num_threads(1)
-        want = run_with_grads(inputs, torch.float32, "cpu", activation="silu")
+        want = run_with_grads(causal_conv1d, inputs, torch.float32, "cpu", activation="silu")
         torch.set_num_threads(3)
-        got = run_with_grads(inputs, torch.float32, "cpu", activation="silu")
+        got = run_with_grads(causal_conv1d, inputs, torch.float32, "cpu", activation="silu")
     finally:
         torch.set_num_threads(1)
     for name, t in want.items():
@@ -85,17 +69,22 @@ def test_threads_change_nothing(isa):
 
 
 @compiled
-def test_views_are_read_in_place():
-    t = {name: t.float() for name, t in random_inputs(2, 11, 34, 4).items()}
-    wide = torch.cat([t["x"], t["x"]], -1)
-    assert torch.equal(causal_conv1d(**t | {"x": wide[..., 34:]}), causal_conv1d(**t))
-    row = t["x"][:1, :1].expand(2, 11, 34)
-    assert torch.equal(causal_conv1d(**t | {"x": row}), causal_conv1d(**t | {"x": row.clone()}))
+@pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.parametrize("how", LAID)
+def test_however_the_tensors_lie(how, name):
+    compare_convs(conv_inputs(2, 11, 34, 4), laid={name: LAID[how]}, activation="silu")
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    compare_halves(causal_conv1d, conv_inputs(2, 11, 34, 4), "cpu", dtype, activation="silu")
+    compare_halves(causal_conv1d, conv_inputs(2, 11, 34, 4), "cpu", dtype, wide=("weight", "bias"))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_of_the_reference(reverse):
-    inputs = {name: t.requires_grad_() for name, t in random_inputs(1, 4, 2, 3).items()}
+    inputs = {name: t.requires_grad_() for name, t in conv_inputs(1, 4, 2, 3).items()}
 
     def conv(*t):
         return causal_conv1d(**dict(zip(inputs, t, strict=True)), activation="silu", reverse=reverse)
@@ -111,7 +100,7 @@ def test_gradients_of_the_reference(reverse):
 def test_the_op_is_what_torch_expects(leave_out, reverse):
     import_module("svp.ops.causal_conv1d.cpu")  # registers the op
 
-    inputs = random_inputs(2, 11, 5, 4, leave_out=leave_out)
+    inputs = conv_inputs(2, 11, 5, 4, leave_out=leave_out)
     args = [
         inputs[name].float().requires_grad_() if name in inputs else None for name in ("x", "weight", "bias", "past")
     ]
@@ -124,7 +113,7 @@ def test_the_op_is_what_torch_expects(leave_out, reverse):
 
 @compiled
 def test_compiles_whole_and_exports():
-    t = {name: t.float() for name, t in random_inputs(2, 11, 5, 4).items()}
+    t = {name: t.float() for name, t in conv_inputs(2, 11, 5, 4).items()}
 
     class Net(torch.nn.Module):
         def forward(self, x, weight, bias, past):
@@ -145,14 +134,14 @@ def test_compiles_whole_and_exports():
 
 @compiled
 def test_a_second_derivative_is_refused_in_words():
-    t = {name: t.float().requires_grad_() for name, t in random_inputs(1, 5, 3, 4).items()}
+    t = {name: t.float().requires_grad_() for name, t in conv_inputs(1, 5, 3, 4).items()}
     (grad,) = torch.autograd.grad(causal_conv1d(**t, kernel="cpu").sum(), t["x"], create_graph=True)
     with pytest.raises(SvpError, match="second derivatives"):
         grad.sum().backward()
 
 
 def test_the_drop_in_knows_states_and_both_places_of_the_activation():
-    t = {name: t.float() for name, t in random_inputs(2, 11, 6, 4).items()}
+    t = {name: t.float() for name, t in conv_inputs(2, 11, 6, 4).items()}
     want = causal_conv1d(**t, activation="silu")
     x = t["x"].mT
     got, final = causal_conv1d_fn(

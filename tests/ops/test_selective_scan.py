@@ -10,53 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ops.inputs import LAID, compare, compare_halves, run_with_grads, scan_inputs
 from support import assert_close
 from svp.errors import SvpError
 from svp.ops import native, selective_scan, selective_scan_fn
 
 compiled = pytest.mark.skipif(not native.available, reason=native.reason)
-OUT, GRAD = 5e-6, 2e-5  # float32 against the float64 reference, relative to the largest entry
 
 
-def scan(**options):
+def scan(delta_softplus=True, **options):
     """selective_scan as the networks call it."""
-    return selective_scan(delta_softplus=True, **options)
+    return selective_scan(delta_softplus=delta_softplus, **options)
 
 
-def random_inputs(b, l, e, n, groups=1, seed=0, leave_out=(), spread=1.0):
-    """Seeded float64 inputs of the scan by name; B, C (b, l, n), or (b, l, g, n) for several groups."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    per_token = (b, l, n) if groups == 1 else (b, l, groups, n)
-    inputs = {
-        "u": normal(b, l, e), "delta": spread * normal(b, l, e) - 1, "A": -torch.exp(normal(e, n)),
-        "B": normal(*per_token), "C": normal(*per_token), "D": normal(e), "z": normal(b, l, e),
-        "delta_bias": 0.5 * normal(e), "h0": normal(b, e, n), "offset": normal(e, n), "bias": normal(e),
-    }  # fmt: skip
-    return {name: t for name, t in inputs.items() if name not in leave_out}
-
-
-def run_with_grads(inputs, dtype, kernel, frozen=(), **options):
-    """{"y", "last", "du", …}: outputs, and gradients of a random weighting of both outputs."""
-    leaves = {name: t.to(dtype).detach().requires_grad_(name not in frozen) for name, t in inputs.items()}
-    y, last = selective_scan(**leaves, return_last_state=True, kernel=kernel, **options)
-    g = torch.Generator().manual_seed(9)
-    weights = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(dtype) for t in (y, last)]
-    loss = (y * weights[0]).sum() + (last * weights[1]).sum()
-    if loss.requires_grad:
-        loss.backward()
-    grads = {f"d{n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items() if n not in frozen}
-    return {"y": y.detach(), "last": last.detach(), **grads}
-
-
-def compare(inputs, frozen=(), **options):
-    want = run_with_grads(inputs, torch.float64, "reference", frozen, **options)
-    got = run_with_grads(inputs, torch.float32, "cpu", frozen, **options)
-    for name, t in want.items():
-        assert_close(got[name].double(), t, name, OUT if name in ("y", "last") else GRAD)
+def compare_scans(inputs, frozen=(), **options):
+    compare(scan, inputs, "cpu", frozen, **{"return_last_state": True} | options)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -70,7 +38,7 @@ def compare(inputs, frozen=(), **options):
     ],
 )  # fmt: skip
 def test_kernel_is_the_reference(isa, b, l, e, n, groups, reverse):
-    compare(random_inputs(b, l, e, n, groups), delta_softplus=True, reverse=reverse)
+    compare_scans(scan_inputs(b, l, e, n, groups), reverse=reverse)
 
 
 @compiled
@@ -82,11 +50,11 @@ def test_kernel_is_the_reference(isa, b, l, e, n, groups, reverse):
     frozen=st.sets(st.sampled_from(["A", "D", "delta_bias", "h0", "offset", "bias", "z", "u"])),
 )  # fmt: skip
 def test_any_shape(b, l, e, n, groups, seed, softplus, reverse, leave_out, frozen):
-    inputs = random_inputs(b, l, e * groups, n, groups, seed, leave_out)
+    inputs = scan_inputs(b, l, e * groups, n, groups, seed, leave_out)
     if not softplus:
         inputs["delta"] = inputs["delta"].abs() * 0.3
         inputs.pop("delta_bias", None)
-    compare(inputs, frozen, delta_softplus=softplus, reverse=reverse)
+    compare_scans(inputs, frozen & set(inputs), delta_softplus=softplus, reverse=reverse)
 
 
 @pytest.mark.parametrize("n", [3, 1])
@@ -94,20 +62,20 @@ def test_any_shape(b, l, e, n, groups, seed, softplus, reverse, leave_out, froze
     "name,value", [("A", -1e4), ("A", -1e30), ("A", -1e-8), ("A", 0.0), ("A", 0.5), ("delta", -100.0), ("delta", 30.0)]
 )
 def test_extreme_values(isa, name, value, n):
-    inputs = random_inputs(1, 19, 5, n)
+    inputs = scan_inputs(1, 19, 5, n)
     inputs[name][..., ::2] = value
-    compare(inputs, frozen=("A",), delta_softplus=True)
+    compare_scans(inputs, frozen=("A",))
 
 
 def test_softplus_around_its_threshold(isa):
-    inputs = random_inputs(1, 64, 4, 2, leave_out=("delta_bias",))
+    inputs = scan_inputs(1, 64, 4, 2, leave_out=("delta_bias",))
     inputs["delta"] = torch.linspace(-40, 40, 64, dtype=torch.float64)[None, :, None].repeat(1, 1, 4)
-    compare(inputs, frozen=("A",), delta_softplus=True)
+    compare_scans(inputs, frozen=("A",))
 
 
 @pytest.mark.parametrize("n", [4, 1])
 def test_a_nan_comes_out(isa, n):
-    inputs = {name: t.float() for name, t in random_inputs(1, 5, 20, n).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(1, 5, 20, n).items()}
     inputs["delta"][0, 2, 3] = float("nan")
     y = selective_scan(**inputs, delta_softplus=True, kernel="cpu")
     assert y[0, 2:, 3].isnan().all()
@@ -117,12 +85,12 @@ def test_a_nan_comes_out(isa, n):
 @pytest.mark.parametrize("n", [16, 1])
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(isa, threads, n):
-    inputs = random_inputs(3, 50, 300, n)
+    inputs = scan_inputs(3, 50, 300, n)
     try:
         torch.set_num_threads(1)
-        want = run_with_grads(inputs, torch.float32, "cpu", delta_softplus=True)
+        want = run_with_grads(scan, inputs, torch.float32, "cpu", return_last_state=True)
         torch.set_num_threads(threads)
-        got = run_with_grads(inputs, torch.float32, "cpu", delta_softplus=True)
+        got = run_with_grads(scan, inputs, torch.float32, "cpu", return_last_state=True)
     finally:
         torch.set_num_threads(1)
     for name, t in want.items():
@@ -131,39 +99,23 @@ def test_threads_change_nothing(isa, threads, n):
 
 @compiled
 @pytest.mark.parametrize("n", [4, 1])
-def test_views_are_read_in_place(n):
-    """Column halves of a wider tensor, a transposed one, and one row repeated by stride 0."""
-    inputs = {name: t.float() for name, t in random_inputs(2, 21, 34, n).items()}
-    want = scan(**inputs, kernel="cpu")
-    both = torch.cat([inputs["u"], inputs["z"]], dim=-1)
-    views = inputs | {"u": both[..., :34], "z": both[..., 34:], "delta": inputs["delta"].mT.contiguous().mT}
-    assert torch.equal(scan(**views, kernel="cpu"), want)
-    repeated = inputs | {name: inputs[name][:1, :1].expand_as(inputs[name]) for name in ("u", "B", "z", "delta")}
-    dense = {name: t.clone() for name, t in repeated.items()}
-    assert torch.equal(scan(**repeated, kernel="cpu"), scan(**dense, kernel="cpu"))
+@pytest.mark.parametrize("names", [("u", "z"), ("delta", "B", "C"), ("u", "delta", "B", "z"), ("y",)], ids="+".join)
+@pytest.mark.parametrize("how", LAID)
+def test_however_the_tensors_lie(how, names, n):
+    compare_scans(scan_inputs(2, 21, 34, n), laid=dict.fromkeys(names, LAID[how]))
 
 
 @compiled
-def test_the_gradient_may_be_an_expanded_scalar():
-    inputs = {name: t.float().requires_grad_() for name, t in random_inputs(2, 9, 5, 4).items()}
-    scan(**inputs, kernel="cpu").sum().backward()
-    assert all(t.grad.isfinite().all() for t in inputs.values())
-
-
+@pytest.mark.parametrize("n", [4, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernel", ["reference", "auto"])
-def test_half_precision_is_computed_in_float32(dtype, kernel):
-    inputs = random_inputs(1, 30, 8, 4)
-    inputs = {name: t.to(dtype) for name, t in inputs.items()}
-    want = scan(**{name: t.double() for name, t in inputs.items()}, kernel="reference")
-    got = scan(**inputs, kernel=kernel)
-    assert got.dtype == dtype
-    assert_close(got.double(), want, "y", torch.finfo(dtype).eps)
+def test_half_precision_is_computed_in_float32(dtype, n):
+    compare_halves(scan, scan_inputs(1, 30, 8, n), "cpu", dtype)
+    compare_halves(scan, scan_inputs(2, 30, 8, n), "cpu", dtype, wide=("A", "delta"), return_last_state=True)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_an_empty_sequence_keeps_its_state(kernel):
-    inputs = {name: t.float() for name, t in random_inputs(2, 0, 5, 4).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(2, 0, 5, 4).items()}
     y, last = scan(**inputs, return_last_state=True, kernel=kernel)
     assert y.shape == (2, 0, 5)
     assert torch.equal(last, inputs["h0"])
@@ -171,7 +123,7 @@ def test_an_empty_sequence_keeps_its_state(kernel):
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_one_start_for_all_pictures(kernel):
-    inputs = {name: t.float() for name, t in random_inputs(3, 7, 5, 4).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(3, 7, 5, 4).items()}
     shared = inputs["h0"][:1].clone().requires_grad_()
     each = inputs["h0"][:1].repeat(3, 1, 1).requires_grad_()
     a, b = (scan(**inputs | {"h0": h0}, kernel=kernel) for h0 in (shared, each))
@@ -184,7 +136,7 @@ def test_one_start_for_all_pictures(kernel):
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_two_halves_are_the_whole(kernel):
     """The last state of the first half is h0 of the second; no token sees a later one."""
-    inputs = {name: t.float() for name, t in random_inputs(2, 40, 6, 4).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(2, 40, 6, 4).items()}
     whole = scan(**inputs, kernel=kernel)
     cut = {name: t[:, :23] if t.dim() == 3 and name != "h0" else t for name, t in inputs.items()}
     rest = {name: t[:, 23:] if t.dim() == 3 and name != "h0" else t for name, t in inputs.items()}
@@ -195,7 +147,7 @@ def test_two_halves_are_the_whole(kernel):
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_reverse_is_a_flip_on_both_sides(kernel):
-    inputs = {name: t.float() for name, t in random_inputs(2, 18, 6, 4).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(2, 18, 6, 4).items()}
     flipped = {name: t.flip(1) if t.dim() == 3 and name != "h0" else t for name, t in inputs.items()}
     want = scan(**flipped, kernel=kernel).flip(1)
     assert_close(scan(**inputs, reverse=True, kernel=kernel), want, "y", 1e-6)
@@ -203,7 +155,7 @@ def test_reverse_is_a_flip_on_both_sides(kernel):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_of_the_reference(reverse):
-    inputs = {name: t.requires_grad_() for name, t in random_inputs(1, 4, 2, 2).items()}
+    inputs = {name: t.requires_grad_() for name, t in scan_inputs(1, 4, 2, 2).items()}
 
     def both(*t):
         given = dict(zip(inputs, t, strict=True))
@@ -213,12 +165,12 @@ def test_gradients_of_the_reference(reverse):
 
 
 def test_second_derivatives_of_the_reference():
-    inputs = {name: t.requires_grad_() for name, t in random_inputs(1, 2, 1, 2).items()}
+    inputs = {name: t.requires_grad_() for name, t in scan_inputs(1, 2, 1, 2).items()}
     assert torch.autograd.gradgradcheck(lambda *t: scan(**dict(zip(inputs, t, strict=True))), list(inputs.values()))
 
 
 def test_gradients_of_a_complex_reference():
-    inputs = random_inputs(1, 3, 2, 2, leave_out=("offset", "h0", "bias"))
+    inputs = scan_inputs(1, 3, 2, 2, leave_out=("offset", "h0", "bias"))
     inputs["A"] = torch.complex(inputs["A"], torch.ones(2, 2, dtype=torch.float64))
     for name in ("B", "C"):
         inputs[name] = torch.complex(inputs[name], inputs[name].flip(1))
@@ -234,7 +186,7 @@ def test_the_op_is_what_torch_expects(leave_out, reverse):
     import_module("svp.ops.selective_scan.cpu")  # registers the op
 
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0", "offset", "bias")
-    inputs = random_inputs(2, 18, 5, 4, 1, leave_out=leave_out)
+    inputs = scan_inputs(2, 18, 5, 4, 1, leave_out=leave_out)
     inputs["B"], inputs["C"] = inputs["B"][:, :, None], inputs["C"][:, :, None]
     args = [inputs[name].float().requires_grad_() if name in inputs else None for name in names]
     torch.library.opcheck(torch.ops.svp.scan_cpu.default, (*args, True, reverse, True))
@@ -247,7 +199,7 @@ def test_the_op_is_what_torch_expects(leave_out, reverse):
 
 @compiled
 def test_a_second_derivative_is_refused_in_words():
-    inputs = {name: t.float().requires_grad_() for name, t in random_inputs(1, 5, 3, 2).items()}
+    inputs = {name: t.float().requires_grad_() for name, t in scan_inputs(1, 5, 3, 2).items()}
     (grad,) = torch.autograd.grad(scan(**inputs, kernel="cpu").sum(), inputs["u"], create_graph=True)
     with pytest.raises(SvpError, match="second derivatives"):
         grad.sum().backward()
@@ -255,7 +207,7 @@ def test_a_second_derivative_is_refused_in_words():
 
 @compiled
 def test_compiles_whole_and_exports():
-    inputs = {name: t.float() for name, t in random_inputs(2, 18, 5, 4).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(2, 18, 5, 4).items()}
 
     class Net(torch.nn.Module):
         def forward(self, u, delta, A, B, C):
@@ -277,7 +229,7 @@ def test_compiles_whole_and_exports():
 
 @compiled
 def test_works_under_gradient_checkpointing():
-    inputs = {name: t.float().requires_grad_() for name, t in random_inputs(1, 20, 5, 4).items()}
+    inputs = {name: t.float().requires_grad_() for name, t in scan_inputs(1, 20, 5, 4).items()}
     scan(**inputs, kernel="cpu").square().sum().backward()
     want = {name: t.grad.clone() for name, t in inputs.items()}
     for t in inputs.values():
@@ -322,13 +274,13 @@ def test_a_forked_child_answers():
     ],
 )
 def test_wrong_shapes_are_named(change, message):
-    inputs = {name: t.float() for name, t in random_inputs(1, 3, 5, 2, leave_out=("h0",)).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(1, 3, 5, 2, leave_out=("h0",)).items()}
     with pytest.raises(SvpError, match=message):
         selective_scan(**inputs | change)
 
 
 def test_a_complex_A_or_constants_leave_the_kernel():
-    inputs = {name: t.float() for name, t in random_inputs(1, 3, 5, 2, leave_out=("offset", "h0")).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(1, 3, 5, 2, leave_out=("offset", "h0")).items()}
     with pytest.raises(SvpError, match="A is complex"):
         selective_scan(**inputs | {"A": inputs["A"].to(torch.complex64)}, kernel="cpu")
     with pytest.raises(SvpError, match="B or C is constant"):
@@ -336,7 +288,7 @@ def test_a_complex_A_or_constants_leave_the_kernel():
 
 
 def test_the_drop_in_returns_the_other_layout():
-    inputs = {name: t.float() for name, t in random_inputs(2, 7, 5, 4, leave_out=("h0", "offset", "bias")).items()}
+    inputs = {name: t.float() for name, t in scan_inputs(2, 7, 5, 4, leave_out=("h0", "offset", "bias")).items()}
     turned = {name: t.mT for name, t in inputs.items() if t.dim() == 3}
     want = selective_scan(**inputs, delta_softplus=True)
     got = selective_scan_fn(**inputs | turned, delta_softplus=True)

@@ -13,6 +13,17 @@ import pytest
 import torch
 
 import svp
+from ops.inputs import (
+    GRAD,
+    OUT,
+    compare,
+    compare_halves,
+    conv_inputs,
+    run_with_grads,
+    scan_inputs,
+    sum_inputs,
+    sums,
+)  # fmt: skip
 from support import assert_close
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, gpu, selective_scan
@@ -28,7 +39,6 @@ HERE = INTERPRETED or gpu.missing() is None
 runs = pytest.mark.skipif(not HERE, reason=f"{gpu.missing()}; test_in_the_interpreter runs it without a GPU")
 on_gpu = pytest.mark.skipif(INTERPRETED or not HERE, reason="needs a GPU: too large for the interpreter")
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-OUT, GRAD = 5e-6, 2e-5  # float32 against the float64 reference, relative to the largest entry
 OPTIONAL = ("D", "z", "delta_bias", "h0", "offset", "bias")
 
 
@@ -45,49 +55,13 @@ def test_in_the_interpreter():
 # -- the scan ----------------------------------------------------------------------------------------------------------
 
 
-def scan_inputs(b, l, e, n, groups=1, seed=0, leave_out=()):
-    """Seeded float64 inputs of the scan by name; B, C (b, l, n), or (b, l, g, n) for several groups."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    per_token = (b, l, n) if groups == 1 else (b, l, groups, n)
-    inputs = {
-        "u": normal(b, l, e), "delta": normal(b, l, e) - 1, "A": -torch.exp(normal(e, n)), "B": normal(*per_token),
-        "C": normal(*per_token), "D": normal(e), "z": normal(b, l, e), "delta_bias": 0.5 * normal(e),
-        "h0": normal(b, e, n), "offset": normal(e, n), "bias": normal(e),
-    }  # fmt: skip
-    return {name: t for name, t in inputs.items() if name not in leave_out}
-
-
-def run_with_grads(op, inputs, dtypes, kernel, frozen=(), **options):
-    """Outputs and the gradients of a random weighting of them, by name. dtypes: one, or {name: dtype}."""
-    by_name = dtypes if isinstance(dtypes, dict) else dict.fromkeys(inputs, dtypes)
-    device = DEVICE if kernel == "triton" else "cpu"
-    leaves = {
-        name: t.to(device, by_name[name], copy=True).requires_grad_(name not in frozen) for name, t in inputs.items()
-    }
-    out = op(**leaves, kernel=kernel, **options)
-    out = dict(zip(("y", "last"), out if isinstance(out, tuple) else (out,), strict=False))
-    g = torch.Generator().manual_seed(9)
-    weights = [
-        torch.randint(-8, 9, t.shape, generator=g).to(device, t.dtype) / 4 for t in out.values()
-    ]  # exact in halves
-    sum((t * w).sum() for t, w in zip(out.values(), weights, strict=True)).backward()
-    assert all(leaves[name].grad is None for name in frozen)
-    return {k: t.detach() for k, t in out.items()} | {f"d{k}": t.grad for k, t in leaves.items() if k not in frozen}
-
-
-def compare(op, inputs, frozen=(), tolerances=(OUT, GRAD), **options):
-    want = run_with_grads(op, inputs, torch.float64, "reference", frozen, **options)
-    got = run_with_grads(op, inputs, torch.float32, "triton", frozen, **options)
-    for name, t in want.items():
-        assert_close(got[name].double().cpu(), t, name, tolerances[name not in ("y", "last")])
+def on_device(op, inputs, dtypes=torch.float32, **options):
+    return run_with_grads(op, inputs, dtypes, "triton", device=DEVICE, **options)
 
 
 def compare_scans(inputs, frozen=(), **options):
-    compare(selective_scan, inputs, frozen, **{"delta_softplus": True, "return_last_state": True} | options)
+    options = {"delta_softplus": True, "return_last_state": True} | options
+    compare(selective_scan, inputs, "triton", frozen, device=DEVICE, **options)
 
 
 @runs
@@ -123,7 +97,10 @@ def test_one_of_two_outputs_may_be_used():
     inputs = scan_inputs(1, 11, 2, 2)
     compare_scans(inputs, return_last_state=False)
     names = ("u", "delta", "A", "B", "C", "h0")
-    compare(lambda **t: selective_scan(**t, return_last_state=True)[1], {k: inputs[k] for k in names}, frozen=("C",))
+    compare(
+        lambda **t: selective_scan(**t, return_last_state=True)[1], {k: inputs[k] for k in names}, "triton", ("C",),
+        device=DEVICE,
+    )  # fmt: skip
 
 
 @runs
@@ -195,14 +172,11 @@ def test_states_are_loaded_together_where_they_lie_so(aligned):
 @runs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
-    inputs = {name: t.to(dtype).double() for name, t in scan_inputs(1, 11, 2, 2).items()}
-    options = dict(delta_softplus=True, return_last_state=True)
-    halves = dict.fromkeys(inputs, dtype) | {"A": torch.float32, "delta": torch.float32}
-    want = run_with_grads(selective_scan, inputs, torch.float64, "reference", **options)
-    got = run_with_grads(selective_scan, inputs, halves, "triton", **options)
-    assert got["y"].dtype == got["du"].dtype == got["dB"].dtype == dtype and got["last"].dtype == torch.float32
-    for name, t in want.items():
-        assert_close(got[name].double().cpu(), t, name, 4 * torch.finfo(dtype).eps)
+    options = dict(wide=("A", "delta"), device=DEVICE, delta_softplus=True)
+    compare_halves(selective_scan, scan_inputs(1, 11, 2, 2), "triton", dtype, **options)
+    inputs = {name: t.to(DEVICE, dtype) for name, t in scan_inputs(1, 11, 2, 2).items()}
+    _, last = selective_scan(**inputs, delta_softplus=True, return_last_state=True, kernel="triton")
+    assert last.dtype == torch.float32
 
 
 @runs
@@ -226,7 +200,7 @@ def test_one_start_for_all_pictures():
 @pytest.mark.parametrize("l,e", [(5, 3), pytest.param(197, 768, marks=on_gpu)])
 def test_two_runs_give_the_same_bits(l, e):
     inputs = scan_inputs(2, l, e, 2)
-    first, second = (run_with_grads(selective_scan, inputs, torch.float32, "triton", delta_softplus=True) for _ in "12")
+    first, second = (on_device(selective_scan, inputs, delta_softplus=True) for _ in "12")
     for name, t in first.items():
         assert torch.equal(second[name], t), name
 
@@ -243,10 +217,8 @@ def test_the_scan_at_full_size(b, l, e, n, reverse):
 # -- the convolution ---------------------------------------------------------------------------------------------------
 
 
-def conv_inputs(b, l, e, taps, leave_out=()):
-    g = torch.Generator().manual_seed(0)
-    shapes = {"x": (b, l, e), "weight": (e, taps), "bias": (e,), "past": (b, e, taps - 1)}
-    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items() if k not in leave_out}
+def compare_convs(inputs, frozen=(), **options):
+    compare(causal_conv1d, inputs, "triton", frozen, tolerances=(OUT, OUT), device=DEVICE, **options)
 
 
 @runs
@@ -258,7 +230,7 @@ def conv_inputs(b, l, e, taps, leave_out=()):
      pytest.param(8, 197, 768, 4, marks=on_gpu)],
 )  # fmt: skip
 def test_the_convolution_is_the_reference(b, l, e, taps, activation, reverse):
-    compare(causal_conv1d, conv_inputs(b, l, e, taps), tolerances=(OUT, OUT), activation=activation, reverse=reverse)
+    compare_convs(conv_inputs(b, l, e, taps), activation=activation, reverse=reverse)
 
 
 @runs
@@ -266,13 +238,13 @@ def test_the_convolution_is_the_reference(b, l, e, taps, activation, reverse):
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("past",)])
 def test_parts_of_the_convolution(left_out, frozen):
     frozen = tuple(name for name in frozen if name not in left_out)
-    compare(causal_conv1d, conv_inputs(2, 5, 3, 4, left_out), frozen, (OUT, OUT), activation="silu")
+    compare_convs(conv_inputs(2, 5, 3, 4, leave_out=left_out), frozen, activation="silu")
 
 
 @runs
 def test_the_convolution_reads_views_and_one_past():
     t = conv_inputs(2, 11, 34, 4)
-    compare(causal_conv1d, t | {"past": t["past"][:1]}, tolerances=(OUT, OUT))
+    compare_convs(t | {"past": t["past"][:1]})
     t = {name: v.to(DEVICE, torch.float32) for name, v in t.items()}
     want = causal_conv1d(**t, kernel="triton")
     wide = torch.cat([t["x"], t["x"]], -1)
@@ -283,33 +255,16 @@ def test_the_convolution_reads_views_and_one_past():
 @runs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_convolution_of_halves(dtype):
-    inputs = {name: t.to(dtype).double() for name, t in conv_inputs(1, 11, 5, 4).items()}
-    want = run_with_grads(causal_conv1d, inputs, torch.float64, "reference", activation="silu")
-    got = run_with_grads(causal_conv1d, inputs, dtype, "triton", activation="silu")
-    for name, t in want.items():
-        assert got[name].dtype == dtype
-        assert_close(got[name].double().cpu(), t, name, 4 * torch.finfo(dtype).eps)
+    compare_halves(causal_conv1d, conv_inputs(1, 11, 5, 4), "triton", dtype, device=DEVICE, activation="silu")
 
 
 # -- sum and norm ------------------------------------------------------------------------------------------------------
 
 
-def sums(acts, skip=()):
-    """add_norm as a function of named tensors: x, weight, residual, and pre and scale of each summand."""
-
-    def op(x, weight, kernel, residual=None, **t):
-        terms = tuple(Term(t[f"pre{j}"], t.get(f"scale{j}"), act) for j, act in enumerate(acts))
-        return add_norm(x, residual, weight, 1e-5, terms=terms, skip=skip, kernel=kernel)
-
-    return op
-
-
-def sum_inputs(b, l, d, count, scale=(), leave_out=()):
-    """scale: the shape of each summand's, or ()."""
-    g = torch.Generator().manual_seed(0)
-    shapes = {"x": (b, l, d), "residual": (b, l, d), "weight": (d,), **{f"pre{j}": (b, l, d) for j in range(count)}}
-    shapes |= {f"scale{j}": scale for j in range(count) if scale}
-    return {k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items() if k not in leave_out}
+def compare_sums(acts, skip, inputs, frozen=(), scale=()):
+    # one scale for all channels has as its gradient one sum of terms of both signs
+    tolerances = (OUT, 2e-4 if scale == (1,) else GRAD)
+    compare(sums(acts, skip), inputs, "triton", frozen, tolerances=tolerances, device=DEVICE)
 
 
 @runs
@@ -317,9 +272,7 @@ def sum_inputs(b, l, d, count, scale=(), leave_out=()):
 @pytest.mark.parametrize("scale", [(5,), (1,), ()])
 @pytest.mark.parametrize("acts", [(), ("silu",), ("silu", "none"), ("gelu", "silu", "none", "silu")])
 def test_sum_and_norm_are_the_reference(acts, scale, leave_out, skip):
-    # one scale for all channels has as its gradient one sum of terms of both signs
-    tolerances = (OUT, 2e-4 if scale == (1,) else GRAD)
-    compare(sums(acts, skip), sum_inputs(2, 9, 5, len(acts), scale, leave_out), tolerances=tolerances)
+    compare_sums(acts, skip, sum_inputs(2, 9, 5, len(acts), scale, leave_out), scale=scale)
 
 
 @runs
@@ -327,7 +280,7 @@ def test_sum_and_norm_are_the_reference(acts, scale, leave_out, skip):
     "b,l,d", [(1, 1, 1), (0, 3, 4), (2, 0, 4), (1, 17, 130), pytest.param(8, 197, 384, marks=on_gpu)]
 )
 def test_sum_and_norm_of_any_shape(b, l, d):
-    compare(sums(("silu", "none"), (0,) if l else ()), sum_inputs(b, l, d, 2, (d,)), frozen=("weight",))
+    compare_sums(("silu", "none"), (0,) if l else (), sum_inputs(b, l, d, 2, (d,)), ("weight",))
 
 
 @runs
@@ -378,7 +331,7 @@ def test_the_ops_are_what_torch_expects(leave_out):
     y, last, states = ops.scan_triton(*plain, True, True, True)
     dlast, needs = (None, [False] * 6) if leave_out else (last, [True] * 6)
     check(ops.scan_triton_backward.default, (y, dlast, states, *plain, True, True, needs))
-    inputs = conv_inputs(2, 3, 3, 4, () if not leave_out else ("bias", "past"))
+    inputs = conv_inputs(2, 3, 3, 4, leave_out=() if not leave_out else ("bias", "past"))
     conv = [inputs[k].to(DEVICE, torch.float32) if k in inputs else None for k in ("x", "weight", "bias", "past")]
     check(ops.conv_triton.default, ([t if t is None else t.clone().requires_grad_() for t in conv] + [True, True]))
     check(ops.conv_triton_backward.default, (conv[0], *conv, True, True, [not leave_out] * 2))
