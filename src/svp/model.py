@@ -208,7 +208,7 @@ class AdaptedModel(nn.Module):
         net = copy.deepcopy(self.backbone)
         w = {name: p.detach() for name, p in net.named_parameters() if not name.startswith("head.")}
         with torch.no_grad():
-            merged = w if self.frozen_features else self.method.merged(w, self.method)
+            merged = w if self.frozen_features else self.method.merged(w)
         if merged is None:
             raise SvpError(
                 f"{self.method_name} cannot be merged: it does more than replace weights",
@@ -218,7 +218,7 @@ class AdaptedModel(nn.Module):
             owner, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(owner), leaf, nn.Parameter(value.detach().clone()))
         net.head, net.num_classes, net.preprocessing = copy.deepcopy(self.head), self.num_classes, self.preprocessing
-        net.stored_positions = None
+        net.stored_positions, net.weights_from = None, "merged"
         return net.requires_grad_(True)
 
     def save_pretrained(self, folder: str | os.PathLike, card: str = "") -> Path:
@@ -362,9 +362,9 @@ def load(
         specs = [(m["name"], m["options"]) for m in config["methods"]]
         if backbone is None:
             source = weights or named["weights"]
-            if source == "random":
+            if source in ("random", "merged"):
                 raise SvpError(
-                    f"{folder} was trained on a backbone of random weights, which no file holds",
+                    f"{folder} was trained on a backbone of {source} weights, which no file holds",
                     "give backbone=",
                     "artefact",
                 )
@@ -440,7 +440,7 @@ def _same_backbone(folder: Path, named: dict[str, Any], net: Backbone) -> None:
 
 def weights_beside(folder: Path, known: str) -> str:
     """The weights that an adapter names, or where they have moved, the file of that name in its folder."""
-    if known in ("random", "none", "default") or known.startswith("hf:") or Path(known).exists():
+    if known in ("random", "merged", "none", "default") or known.startswith("hf:") or Path(known).exists():
         return known
     beside = folder / Path(known).name
     if beside.exists():

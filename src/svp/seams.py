@@ -271,7 +271,7 @@ class Stack(Seams):
     def beside(self, i):
         found: dict[str, Callable[[Tensor], Tensor]] = {}
         for part in self.parts:
-            for name, module in part.beside(i).items():
+            for name, module in (part.beside(i) if part.acts("beside") else {}).items():
                 found[name] = _Sum(found[name], module) if name in found else module
         return found
 

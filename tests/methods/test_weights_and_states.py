@@ -16,6 +16,8 @@ from svp.registry import method_class
 from svp.seams import Seams
 from svp.training import loop
 from svp.training.loop import fit
+from svp.training.optim import parameter_groups
+from svp.training.recipe import Recipe
 from training.small import RECIPE, splits
 from training.small import model as small_model
 
@@ -172,6 +174,9 @@ def test_training_starts_at_the_frozen_network(kind, method, options, images):
 TOGETHER = [
     ("vim", ["svp", "lora"]), ("vim", ["affix", "lora", "partial"]), ("vim", [("state_offset", {"kind": "y"}), "additional_scan", "ssf"]),
     ("vim", ["sdt", ("lora", dict(targets=("out_proj", "in_proj"), rank=4))]), ("vim", ["svp", ("adapter", dict(preset="parallel"))]),
+    ("vim", [("lora", dict(rank=4, dropout=0.1)), "adapter"]), ("vit", [("lora", dict(rank=4, dropout=0.1)), "adapter"]),
+    ("vim", [("lora", dict(rank=4, dropout=0.1)), ("adapter", dict(preset="parallel"))]),
+    ("vim", ["lora", "full"]), ("vit", [("lora", dict(rank=4, dora=True)), "full"]),
     ("vit", ["svp", "lora"]), ("vit", ["prefix_tuning", "adapter", "bitfit"]), ("vit", ["prompt_tuning", "fact"]),
 ]  # fmt: skip
 
@@ -185,7 +190,25 @@ def test_methods_compose(kind, methods, images):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable_parameters())
 
 
+def test_a_norm_of_dora_is_the_networks_whatever_the_order(images):
+    """After ssf the norm would take ssf's scale out again."""
+    dora = ("lora", dict(rank=2, dora="row", targets=("qkv", "fc1")))
+    one, two = (stirred(adapt(net_of("vit"), pair, num_classes=3)) for pair in (["ssf", dora], [dora, "ssf"]))
+    two.load_state_dict(one.state_dict())
+    with torch.no_grad():
+        assert torch.equal(one(images), two(images))
+    name = "blocks.0.attn.qkv.weight"
+    w = dict(one.backbone.named_parameters())
+    before = one.method.weights(w)[name]
+    with torch.no_grad():
+        for p in one.method.parts["ssf"].parameters():
+            p.mul_(2)
+    assert_close(one.method.weights(w)[name], 2 * before, "qkv")
+
+
 MERGED_TOGETHER = [
+    [("lora", dict(rank=4, dropout=0.5, targets=("X", "B"))), "ssf"], ["ssf", ("lora", dict(rank=4, dropout=0.5, targets=("X", "B")))],
+    [("lora", dict(rank=4, dropout=0.5, targets=("X", "embed"))), ("repadapter", dict(dropout=0.5)), "ssf", "full"],
     ["lora", "ssf", "additional_scan"], ["additional_scan", "ssf", ("lora", dict(rank=4, targets=("B", "C", "d")))], [("lora", dict(rank=4, dropout=0.5)), "repadapter"],
     ["repadapter", ("lora", dict(rank=4, dropout=0.5))], [("repadapter", dict(dropout=0.5)), "lora"],
     [("repadapter", dict(dropout=0.5)), ("lora", dict(rank=4, dropout=0.5)), "bitfit"], ["ssf", ("repadapter", dict(dropout=0.5)), "fact"],
@@ -216,7 +239,8 @@ BAD = [
     ("vit", "adapter", dict(kind="parallel"), "take kind=adaptformer"), ("vim", "adapter", dict(kind="pfeiffer", layernorm="in"), "belongs to"),
     ("vim", "repadapter", dict(groups=3), "3 groups do not divide"), ("vim", "repadapter", dict(where="attn"), "belongs to a ViT"),
     ("vim", "fact", dict(rank=17), "larger than the width"), ("vit", "prompt_tuning", dict(type="suffix"), "knows no order"),
-    ("vim", "prompt_tuning", dict(hidden=3), "projection=true"),
+    ("vim", "prompt_tuning", dict(hidden=3), "projection=true"), ("vim", "state_offset", dict(ratio=2), "give rank too"),
+    ("vim", "partial", dict(parts=("A", "A")), "stands twice"), ("vit", "adapter", dict(kind="houlsby", scale="learned"), "a scale belongs"),
 ]  # fmt: skip
 
 
@@ -225,6 +249,11 @@ def test_what_cannot_act_says_why(kind, method, options, words):
     with pytest.raises(SvpError, match=words) as err:
         adapt(net_of(kind), method, num_classes=3, **options)
     assert err.value.kind == "usage"
+
+
+def test_one_convolution_has_no_two_pasts():
+    with pytest.raises(SvpError, match="both directions of this network share one"):
+        adapt(net_of("vim", scan_type="v1"), "initial_state", num_classes=3, conv=True)
 
 
 def test_fact_refuses_an_mlp_that_is_no_multiple():
@@ -401,17 +430,21 @@ def test_affix_without_the_dead_half_is_affix(images):
         assert torch.equal(half(images), full(images))
 
 
+def test_a_new_decay_of_states_is_not_pulled_to_one():
+    model = adapt(net_of("vim"), "additional_scan", num_classes=3)
+    groups = parameter_groups(model.named_parameters(), Recipe(lr=1.0, weight_decay=0.1), model.method.groups())
+    decayed = {name.split(".")[1] for group in groups if group["weight_decay"] for name in group["names"]}
+    assert decayed == {"B", "C", "weight"}
+
+
 def test_sdt_trains_in_two_phases(images):
     model = adapt(net_of("vim"), "sdt", num_classes=3, freeze_channels=0.8, freeze_states=0.5, warmup_epochs=3)
     method, count = model.method, model.num_trainable()
 
-    class Recipe(dict):
-        def but(self, **changes):
-            return Recipe({**self, **changes})
-
     first, second = method.phases(Recipe(epochs=7))
-    assert first.recipe["epochs"] == 3 and second.recipe["epochs"] == 7
+    assert first.recipe.epochs == 3 and second.recipe.epochs == 7
     before = method.mask(0).clone()
+    stirred(model)
     first.begin(None)
     model.probe()
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
@@ -485,3 +518,25 @@ def test_what_is_adapted_is_labelled():
     ]:  # fmt: skip
         options = {"rank": 4} if method == "fact" else {}
         assert adapt(net_of(kind), method, num_classes=3, probe=False, **options).labels == (label,)
+
+
+def test_a_change_of_a_weight_is_as_exact_as_the_weight_under_autocast():
+    net = net_of("vim").float()
+    model = stirred(adapt(net, ["lora", "repadapter", "ssf", ("fact", dict(rank=4))], num_classes=3, probe=False))
+    want = net.in_force(model.method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = net.in_force(model.method)
+    assert all(torch.equal(got[name], t) for name, t in want.items())
+    offset = stirred(adapt(net, "state_offset", num_classes=3, rank=2)).method
+    want = offset.memory(0, want).offset
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(offset.memory(0, net.in_force(None)).offset, want)
+
+
+def test_what_merged_networks_are_adapted_to_asks_for_them(tmp_path):
+    merged = stirred(adapt(net_of("vim"), "bitfit", num_classes=3)).merge()
+    adapt(merged, "linear", num_classes=3).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SvpError, match="a backbone of merged weights, which no file holds") as err:
+        load(tmp_path / "adapter")
+    assert err.value.hint == "give backbone="
+    assert load(tmp_path / "adapter", merged).num_classes == 3

@@ -23,7 +23,7 @@ from ops.inputs import (
     scan_inputs,
     sum_inputs,
     sums,
-)  # fmt: skip
+)
 from support import assert_close
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, gpu, selective_scan

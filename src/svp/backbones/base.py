@@ -92,7 +92,8 @@ class Backbone(nn.Module):
             return dict(self.named_parameters())
         w = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("head.")}
         if seams.acts("weights"):
-            changed = seams.weights(w)
+            with torch.autocast(next(iter(w.values())).device.type, enabled=False):  # a change is as exact as its weight
+                changed = seams.weights(w)
             known = self.site_slots()
             for name in changed:
                 if name not in w and name not in known:

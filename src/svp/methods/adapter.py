@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ from svp.methods.base import Method
 from svp.options import option
 
 KINDS = Literal["adaptformer", "parallel", "houlsby", "pfeiffer"]
+WIDTHS = {"adaptformer": 64, "parallel": 32, "houlsby": 8, "pfeiffer": 8}
 
 
 class Adapter(Method):
@@ -32,7 +34,9 @@ class Adapter(Method):
     @dataclass(frozen=True)
     class Options:
         kind: KINDS = option("adaptformer", "where it acts")
-        hidden: int = option(64, "width between down and up", low=1)
+        hidden: int | None = option(
+            None, "width between down and up; none: adaptformer 64, parallel 32, houlsby and pfeiffer 8", low=1
+        )
         scale: float | Literal["learned"] = option(
             0.1, "factor beside a branch (adaptformer, parallel); learned: one trained number a place, from 1"
         )
@@ -43,9 +47,9 @@ class Adapter(Method):
     PRESETS = {
         "published": dict(dropout=0.1),
         "petl_vit": dict(hidden=8, bias=False, dropout=0.1),
-        "parallel": dict(kind="parallel", hidden=32, scale=0.1, dropout=0.1),
-        "houlsby": dict(kind="houlsby", hidden=8),
-        "pfeiffer": dict(kind="pfeiffer", hidden=8),
+        "parallel": dict(kind="parallel", dropout=0.1),
+        "houlsby": dict(kind="houlsby"),
+        "pfeiffer": dict(kind="pfeiffer"),
     }
     paper = "arXiv 2205.13535, 1902.00751, 2005.00247; parallel: 2411.03855"
     params_formula = (
@@ -60,6 +64,8 @@ class Adapter(Method):
             return "the parallel adapter stands beside out_proj of a Mamba block; on a ViT take kind=adaptformer"
         if opt.layernorm == "in" and opt.kind != "adaptformer":
             return 'layernorm belongs to kind "adaptformer"'
+        if opt.scale == "learned" and opt.kind in ("houlsby", "pfeiffer"):
+            return 'a scale belongs to kinds "adaptformer" and "parallel"'
         return None
 
     @classmethod
@@ -67,6 +73,7 @@ class Adapter(Method):
         return None if is_vit(site) or opt.kind == "parallel" else "adapter_vim"
 
     def __init__(self, site, opt, num_classes):
+        opt = dataclasses.replace(opt, hidden=opt.hidden or WIDTHS[opt.kind])
         super().__init__(site, opt, num_classes)
         self.parts = nn.ModuleDict()
         for i, block in enumerate(site.blocks):

@@ -35,7 +35,7 @@ class AdditionalScan(Method):
     PRESETS = {"published": dict(init="mambapeft")}
     paper = "arXiv 2411.03855 (ICLR 2025)"
     params_formula = "k depth 3 n e"
-    changes_shapes = True
+    order = 1  # shapes change after numbers
     default_lr = 3e-3
 
     @classmethod
@@ -72,6 +72,10 @@ class AdditionalScan(Method):
                 changed[bias] = self.spliced(code, none, old_B, none, old_C)
             changed[a] = torch.cat([A_log, w[a]] if first else [w[a], A_log], dim=1)
         return changed
+
+    def groups(self):
+        """The new A is not decayed, as published."""
+        return {"A_log.*": {"decay_scale": 0.0}}
 
     def spliced(self, code: Tensor, B: Tensor, old_B: Tensor, C: Tensor, old_C: Tensor) -> Tensor:
         """Rows of x_proj with the new ones in their places."""

@@ -69,6 +69,7 @@ class AutoVP(Method):
     paper = "arXiv 2310.08381 (ICLR 2024)"
     params_formula = "3 side² (+ 1 learnable scale), of which the frame acts: 3 (side² - s²); fully: + S C + C"
     default_lr = 1e-3
+    order = -2
 
     @classmethod
     def unfit(cls, site, opt):

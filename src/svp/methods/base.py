@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from svp.errors import SvpError
 from svp.options import build
 from svp.preprocessing import Preprocessing
-from svp.seams import Seams, Site, Stack
+from svp.seams import Seams, Site, Stack, Weights
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Method(Seams, nn.Module):
 
     A subclass has a frozen dataclass `Options` and builds its parameters in `__init__` from the site.
     `params_formula` and `paper` are shown by `svp list methods NAME`; `default_lr` is the learning rate of our own
-    recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched; a method with
-    `changes_shapes` replaces weights after those it stands together with, whatever the order of their names. Beside one
-    that `counts_tokens` no other may insert tokens (`inserts`). `classes` are the names of the classes, where they were
-    given: known to `make_head` and later.
+    recipes; `known_inert` names patterns of tensors that a batch of two pictures can leave untouched. Of methods that act
+    together the one with the lowest `order` is outermost and changes weights first, whatever the order of their names.
+    Beside one that `counts_tokens` no other may insert tokens (`inserts`). `classes` are the names of the classes, where
+    they were given: known to `make_head` and later.
     """
 
     @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Method(Seams, nn.Module):
     params_formula: ClassVar[str] = ""
     default_lr: ClassVar[float] = 1e-2
     known_inert: tuple[str, ...] = ()
-    changes_shapes: ClassVar[bool] = False
     inserts: bool = False
     counts_tokens: bool = False
     classes: tuple[str, ...] | None = None
+    order: int = 0  # -2: takes pictures of its own, or replaces weights; -1: reads what nobody has changed; 1: changes shapes
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
@@ -65,13 +65,8 @@ class Method(Seams, nn.Module):
         return None
 
     def preprocessing(self, p: Preprocessing) -> Preprocessing:
-        """Another input size or normalisation than the backbone's."""
+        """Another input size or normalisation than the backbone's; `order` is then -2."""
         return p
-
-    @property
-    def takes_pixels(self) -> bool:
-        """Whether pictures come with a preprocessing of this method's own: it makes the network's from them, so it is outermost."""
-        return type(self).preprocessing is not Method.preprocessing
 
     def make_head(self, site: Site, num_classes: int) -> nn.Module | None:
         """A module feature (b, d) -> logits (b, num_classes) of the method's own; None: the head asked for in `adapt`."""
@@ -93,10 +88,14 @@ class Method(Seams, nn.Module):
         """{name pattern: dict(lr=, lr_scale=, decay=, decay_scale=, clip=, clip_value=)} for tensors with a rule of their own."""
         return {}
 
-    def merged(self, weights: dict[str, Tensor], plain: Seams) -> dict[str, Tensor] | None:
+    def merged(self, weights: Weights) -> Weights | None:
         """The tensors of a plain backbone that acts the same, or None when there is none."""
-        only_weights = not any(self.acts(seam) for seam in ("network", "block", "branch", "beside", "memory"))
-        return {**weights, **self.weights(weights)} if only_weights else None
+        return self.folded({**weights, **self.weights(weights)} if self.acts("weights") else weights)
+
+    def folded(self, weights: Weights) -> Weights | None:
+        """These weights, in force, with what the method does beside or before layers in them; None: it does what is no weight."""
+        beyond = any(self.acts(seam) for seam in ("network", "block", "branch", "beside", "memory"))
+        return None if beyond else weights
 
 
 def options_of(cls: type[Method], values: dict[str, Any], name: str) -> Any:
@@ -124,9 +123,7 @@ class Several(Method):
             if part.counts_tokens and others:
                 problem = f"{name} counts the tokens of the sequence, beside it {others[0]} would insert others"
                 raise SvpError(problem, "combine only one of them", kind="usage")
-        self.stack = Stack(
-            [part for _, part in sorted(parts, key=lambda pair: (not pair[1].takes_pixels, pair[1].changes_shapes))]
-        )
+        self.stack = Stack(sorted((part for _, part in parts), key=lambda part: part.order))
 
     @property
     def acts_before_blocks(self):
@@ -153,12 +150,9 @@ class Several(Method):
     def memory(self, i, w):
         return self.stack.memory(i, w)
 
-    def merged(self, weights, plain):
-        def late(part):  # what stands beside a layer or changes its input acts on the weights that the others have made
-            return part.changes_shapes, part.acts("branch"), part.acts("beside")
-
-        for part in sorted(self.parts.values(), key=late):
-            found = part.merged(weights, part)
+    def folded(self, weights):
+        for part in sorted(self.stack.parts, key=lambda part: part.acts("branch")):  # what layers read: also those beside
+            found = part.folded(weights)
             if found is None:
                 return None
             weights = found

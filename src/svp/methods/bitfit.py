@@ -9,7 +9,8 @@ from svp.methods.base import Method
 
 
 class BitFit(Method):
-    """b' = b + o for every bias b of the backbone, its source head left alone; o starts at zero, so decay pulls to b.
+    """b' = b + o for every bias b of the backbone, its source head left alone; o starts at zero,
+    so that decay, where a recipe decays biases (`decay=all`), pulls to b.
 
     On Vim these are the biases of the patch embedding, the convolutions and delta (conv1d, dt_proj, both directions); on a
     ViT those of norms, qkv, proj, fc1, fc2 and the patch embedding. Direct on both.

@@ -50,6 +50,7 @@ class DAMVP(Method):
     paper = "arXiv 2303.08138 (CVPR 2023)"
     params_formula = "clusters 12 q (side - q), q = size"
     default_lr = 1e-1
+    order = -1  # it knows pictures by what nobody has put on them
 
     @classmethod
     def unfit(cls, site, opt):

@@ -17,6 +17,7 @@ class Full(Method):
     paper = "the common baseline; arXiv 2412.08947 Table 1, row Full"
     params_formula = "all tensors of the backbone without its head"
     default_lr = 5e-4
+    order = -2
 
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)

@@ -53,6 +53,7 @@ class ILMVP(Method):
     paper = "arXiv 2211.11635 (CVPR 2023)"
     params_formula = "3 side², of which the frame acts: 3 (side² - size²)"
     default_lr = 1e-2
+    order = -2
 
     @classmethod
     def unfit(cls, site, opt):

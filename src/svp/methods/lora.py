@@ -36,7 +36,7 @@ class Lora(Method):
     backward m of d, B and C from the forward rows; here each starts at its own.
     Dropout acts on the rank-sized code of projections and, as published, not on x_proj, d, B, C, dt; there is
     none with dora (as in MambaPEFT). On a ViT direct, at q and v as in the paper.
-    Ours: default ranks; no dropout on embed, nor beside dora on a ViT.
+    Ours: default ranks; no dropout on embed, nor beside dora on a ViT; dora on embed too; beside others dora comes first.
     Source: arXiv 2106.09685, 2402.09353 (DoRA), 2312.03732 (rsLoRA); the partial forms: arXiv 2411.03855, repository
     sony/MambaPEFT (scale 0.1).
     """
@@ -103,6 +103,7 @@ class Lora(Method):
             if opt.dora != "none":
                 self.norm.append(base.norm(dim=self.axis, keepdim=True))
         self.drop = nn.Dropout(opt.dropout)
+        self.order = 0 if opt.dora == "none" else -1  # its norms are the network's: nobody may have scaled them before
 
     @property
     def axis(self) -> int:
@@ -119,8 +120,9 @@ class Lora(Method):
     def weights(self, w):
         return self.changed(w, [j for j, (_, _, layer) in enumerate(self.slices) if not self.is_branch(layer)])
 
-    def merged(self, weights, plain):
-        return {**weights, **self.changed(weights, range(len(self.slices)))}
+    def folded(self, weights):
+        beside = [j for j, (_, _, layer) in enumerate(self.slices) if self.is_branch(layer)]
+        return {**weights, **self.changed(weights, beside)}
 
     def changed(self, w, chosen) -> dict[str, Tensor]:
         """The weights with the products of the slices `chosen` in them."""

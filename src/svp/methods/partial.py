@@ -50,6 +50,9 @@ class Partial(Method):
                 return f"part '{part}' is none of {', '.join(PARTS)}" + (f"; did you mean {close[0]}?" if close else "")
             if not names_of(part, site):
                 return f"{site.name} has no tensors for '{part}'"
+        twice = next((part for part in opt.parts if opt.parts.count(part) > 1), None)
+        if twice:
+            return f"part '{twice}' stands twice"
         return "no part is named" if not opt.parts else None
 
     @classmethod

@@ -79,8 +79,8 @@ class RepAdapter(Method):
             changed[f"{name}.bias"] = shift if bias is None else bias + shift
         return changed
 
-    def merged(self, weights, plain):
-        return {**weights, **self.weights(weights)}
+    def folded(self, weights):
+        return {**weights, **self.weights(weights)} if self.opt.dropout else weights
 
 
 class Bottleneck(nn.Module):

@@ -97,6 +97,8 @@ class SDT(Method):
                 raise SvpError(f"the warm-up has not moved {self.places[j][0]}", "a longer one: warmup_epochs=2")
             channels = int(self.mask(j).any(0).sum())
             self.mask(j).copy_(largest(offset, channels, int(self.mask(j).sum()) // channels))
+            for part in (self.A, self.B, self.C):
+                part[j].zero_()
         self.warm = nn.ParameterList()
         self.train_only(self)
 

@@ -43,6 +43,8 @@ class StateOffset(Method):
             return "it shifts the state of a scan, which this network does not have"
         if opt.rank and opt.kind == "y":
             return 'rank belongs to kind "h"'
+        if opt.ratio > 1 and opt.rank is None:
+            return f"ratio {opt.ratio} belongs to a factored offset: give rank too"
         if site.blocks[0].e % opt.ratio:
             return f"ratio {opt.ratio} does not divide the inner width {site.blocks[0].e}"
         return None
@@ -75,5 +77,6 @@ class StateOffset(Method):
 
     def factored(self, i: int) -> Tensor:
         """(k, e, n) of block i from its factors."""
-        product = self.up[i] @ self.down[i]  # (k, e / ratio, n ratio)
+        with torch.autocast(self.up[i].device.type, enabled=False):  # as exact as the unfactored one
+            product = self.up[i] @ self.down[i]  # (k, e / ratio, n ratio)
         return product.reshape(len(product), *self.sizes[i])
