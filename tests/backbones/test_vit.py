@@ -1,4 +1,4 @@
-"""Which ViTs of timm are taken, where their weights lie, and whole CLIPs as files."""
+"""ViTs beside timm's own, which of them are taken, where their weights lie, and whole CLIPs as files."""
 
 import json
 
@@ -6,15 +6,72 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import _convert_openai_clip
+from timm.layers import drop
+from timm.models.vision_transformer import VisionTransformer, _convert_openai_clip
 
-from svp.backbones import create
+from support import assert_close
+from svp.backbones import create, vit
 from svp.backbones.create import create_backbone, weights_file
-from svp.backbones.vit import published, renamed, tagged
+from svp.backbones.vit import Vit, published, renamed, tagged
 from svp.errors import SvpError
 
 CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
 SIZES = dict(depth=2, embed_dim=64, num_heads=1, num_classes=12)
+TINY = dict(depth=3, embed_dim=8, num_heads=2, mlp_ratio=2, patch_size=4, num_classes=5, img_size=(8, 12))
+
+SWITCHES = {
+    "nothing": {}, "layer scale": dict(init_values=0.1), "norms of q and k": dict(qk_norm=True),
+    "no norm at the end": dict(final_norm=False), "norm before the blocks": dict(pre_norm=True),
+    "no bias of q, k, v": dict(qkv_bias=False), "positions of patches alone": dict(no_embed_class=True),
+    "registers": dict(reg_tokens=3), "registers without positions": dict(reg_tokens=3, no_embed_class=True),
+    "mean of patches": dict(global_pool="avg"), "mean without its norm": dict(global_pool="avg", fc_norm=False),
+    "mean beside registers": dict(global_pool="avg", reg_tokens=3), "norm of the class token": dict(fc_norm=True),
+    "no class token": dict(global_pool="avg", class_token=False), "no head": dict(num_classes=0),
+}  # fmt: skip
+
+
+def twins(**switches):
+    """A tiny ViT of ours and timm's of the same weights, none of which is a start value."""
+    generator = torch.Generator().manual_seed(0)
+    theirs = VisionTransformer(**{**TINY, **switches}).double().eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    ours = Vit(**{**TINY, **switches}).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def with_gradients(net, feature, images):
+    """Feature, logits, and the gradients of the pictures and of all weights, by name."""
+    images = images.clone().requires_grad_()
+    feature, logits = feature(images), net(images)
+    ((feature**2).sum() + (logits**2).sum()).backward()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    return {"feature": feature, "logits": logits, "images": images.grad, **grads}
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_every_part_is_timms(switches):
+    ours, theirs = twins(**switches)
+    images = torch.randn(2, 3, *TINY["img_size"], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    want = with_gradients(theirs, lambda x: theirs.forward_head(theirs.forward_features(x), pre_logits=True), images)
+    got = with_gradients(ours, ours.features, images)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert value.any(), name
+        assert_close(got[name], value, name)
+
+
+def test_branches_are_dropped_where_timm_drops_them(monkeypatch):
+    monkeypatch.setattr(vit, "drop_path", lambda x, rate: drop.drop_path(x, rate, training=True))  # its random numbers
+    images = torch.randn(6, 3, *TINY["img_size"], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for net in twins(drop_path_rate=0.5, init_values=0.1):
+        torch.manual_seed(2)
+        found.append(net.train()(images))
+        assert not torch.allclose(found[-1], net.eval()(images))
+    assert_close(*found, "logits")
 
 
 @pytest.fixture(scope="module")
