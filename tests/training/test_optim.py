@@ -123,15 +123,31 @@ def test_clipping_by_group_then_over_all():
     assert a.grad.eq(0.01).all() and b.grad.gt(0.2).all()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_optimisers_step(name):
-    toy = Toy()
-    recipe = Recipe(optimizer=name, lr=0.1)
-    optimizer = optimizer_for(parameter_groups(toy.named_parameters(), recipe, {}), recipe)
-    before = toy.head.weight.detach().clone()
-    toy.head(torch.ones(1, 3)).square().sum().backward()
-    optimizer.step()
-    assert not torch.equal(before, toy.head.weight)
+BY_HAND = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, betas=(0.7, 0.8), eps=0.01, fused=False),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.1, betas=(0.7, 0.8), eps=0.01, fused=False),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.6, fused=False),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_optimisers_step_as_those_of_torch(name):
+    recipe = Recipe(optimizer=name, lr=0.1, weight_decay=0.2, betas=(0.7, 0.8), eps=0.01, momentum=0.6)
+    torch.manual_seed(0)
+    ours, theirs = Toy().double(), Toy().double()
+    theirs.load_state_dict(ours.state_dict())
+    matrices = [p for p in theirs.parameters() if p.ndim > 1]
+    vectors = [p for p in theirs.parameters() if p.ndim == 1]
+    by_hand = BY_HAND[name]([dict(params=matrices, weight_decay=0.2), dict(params=vectors, weight_decay=0.0)])
+    optimizer = optimizer_for(parameter_groups(ours.named_parameters(), recipe, {}), recipe)
+    for step in range(3):
+        for toy, chosen in ((ours, optimizer), (theirs, by_hand)):
+            generator = torch.Generator().manual_seed(step)
+            for p in toy.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            chosen.step()
+    for (key, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=key)
 
 
 # -- averaged weights --------------------------------------------------------------------------------------------------
