@@ -1,10 +1,14 @@
 """Generated pictures and a tiny model: a whole run in a fraction of a second."""
 
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 
 from svp.backbones.create import create_backbone
 from svp.data.splits import Arrays, Splits
 from svp.model import adapt
+from svp.training import loop
 from svp.training.recipe import Recipe
 
 CLASSES = ("blue", "green", "red")
@@ -34,3 +38,33 @@ def model(method="svp", *, seed=0, probe=False, head="linear", **options):
     if method == "svp":
         options = {"hidden": 4, **options}
     return adapt(net, method, num_classes=3, seed=seed, probe=probe, head=head, **options)
+
+
+class Crash(BaseException):
+    """A kill, as far as one process can play it: nothing that handles errors sees it."""
+
+
+@contextmanager
+def at_step(last, act):
+    """What trains inside does act(run) after so many steps, before their checkpoint."""
+    told = loop.Training.tell_step
+
+    def tell_step(self, *args):
+        told(self, *args)
+        if self.progress.total_steps == last:
+            act(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Training, "tell_step", tell_step)
+        yield
+
+
+@contextmanager
+def crash_at(last):
+    """What trains inside is killed after so many steps, before their checkpoint."""
+
+    def crash(run):
+        raise Crash
+
+    with pytest.raises(Crash), at_step(last, crash):
+        yield

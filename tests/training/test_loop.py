@@ -17,7 +17,7 @@ from svp.training.evaluate import evaluate
 from svp.training.loop import fit
 from svp.training.recipe import Recipe
 from svp.training.rehearsal import rehearse
-from training.small import RECIPE, model, splits
+from training.small import RECIPE, Crash, at_step, crash_at, model, splits
 
 
 @pytest.fixture(autouse=True)
@@ -149,31 +149,15 @@ KINDS = {
 }  # fmt: skip
 
 
-class Crash(BaseException):
-    """A kill, as far as one process can play it: nothing that handles errors sees it."""
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_resumes_to_the_same_numbers(kind, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_numbers(kind, tmp_path):
     method, recipe = KINDS[kind]
     whole = model(method)
     want = fit(whole, splits(), recipe=recipe, out=tmp_path / "whole", checkpoint_seconds=0)
     steps = 3 * (4 if recipe is not BUSY else 3)
-    real = loop.Training.tell_step
-
-    def crash_at(last):
-        def tell_step(self, *args):
-            real(self, *args)
-            if self.progress.total_steps == last:
-                raise Crash
-
-        return tell_step
-
-    for last in (1, steps // 2, steps // 2 + 1, steps):  # after the step, before its checkpoint
-        monkeypatch.setattr(loop.Training, "tell_step", crash_at(last))
-        with pytest.raises(Crash):
+    for last in (1, steps // 2, steps // 2 + 1, steps):
+        with crash_at(last):
             fit(model(method), splits(), recipe=recipe, out=tmp_path / "half", checkpoint_seconds=0, resume=last > 1)
-    monkeypatch.setattr(loop.Training, "tell_step", real)
     resumed = model(method)
     got = fit(resumed, splits(), recipe=recipe, out=tmp_path / "half", checkpoint_seconds=0, resume=True)
     assert numbers(got.result) == numbers(want.result)
@@ -272,7 +256,7 @@ def test_the_average_is_what_is_saved():
 # -- methods that look at data -----------------------------------------------------------------------------------------
 
 
-def test_phases_begin_with_a_look_at_the_data(tmp_path, monkeypatch):
+def test_phases_begin_with_a_look_at_the_data(tmp_path):
     """A method whose second phase grows a tensor of a size that the first phase's training decides."""
     seen = []
 
@@ -300,17 +284,8 @@ def test_phases_begin_with_a_look_at_the_data(tmp_path, monkeypatch):
     want = fit(whole, splits(), recipe=RECIPE, out=tmp_path / "whole")
     assert want.result["epochs"] == 4
     assert sum("val_loss" in line for line in log_of(tmp_path / "whole")) == 4
-    real = loop.Training.tell_step
-
-    def tell_step(self, *args):
-        real(self, *args)
-        if self.progress.total_steps == 11:
-            raise Crash
-
-    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
-    with pytest.raises(Crash):
+    with crash_at(11):
         fit(prepare(model("svp")), splits(), recipe=RECIPE, out=tmp_path / "half", checkpoint_seconds=0)
-    monkeypatch.setattr(loop.Training, "tell_step", real)
     resumed = prepare(model("svp"))
     got = fit(resumed, splits(), recipe=RECIPE, out=tmp_path / "half", resume=True)
     assert numbers(got.result) == numbers(want.result)
@@ -339,23 +314,18 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint" / "state.pt").is_file() and not (tmp_path / "result.json").exists()
 
 
-def test_a_spoiled_state_is_not_saved(tmp_path, monkeypatch):
-    real = loop.Training.tell_step
+def test_a_spoiled_state_is_not_saved(tmp_path):
+    def spoil(run):
+        run.model.head.weight.data.fill_(float("nan"))
 
-    def tell_step(self, *args):
-        real(self, *args)
-        if self.progress.total_steps == 5:
-            self.model.head.weight.data.fill_(float("nan"))
-
-    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
-    with pytest.raises(SvpError, match="loss is nan at step 6"):
+    with pytest.raises(SvpError, match="loss is nan at step 6"), at_step(5, spoil):
         fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0)
     state = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
     assert state["progress"]["total_steps"] == 4 and state["model"]["head.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("kind, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_signals_save_and_are_delivered_again(kind, raised, tmp_path, monkeypatch):
+def test_signals_save_and_are_delivered_again(kind, raised, tmp_path):
     want = fit(model("svp"), splits(), recipe=RECIPE)
     handled = []
 
@@ -363,24 +333,15 @@ def test_signals_save_and_are_delivered_again(kind, raised, tmp_path, monkeypatc
         handled.append(number)
         raise raised(number)
 
-    real = loop.Training.tell_step
-
-    def tell_step(self, *args):
-        real(self, *args)
-        if self.progress.total_steps == 6:
-            signal.raise_signal(kind)
-
     before = signal.signal(kind, handler)
     try:
-        monkeypatch.setattr(loop.Training, "tell_step", tell_step)
-        with pytest.raises(raised):
+        with pytest.raises(raised), at_step(6, lambda run: signal.raise_signal(kind)):
             fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=1e9)
         assert handled == [kind] and signal.getsignal(kind) is handler
     finally:
         signal.signal(kind, before)
     state = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
     assert state["progress"]["total_steps"] == 6
-    monkeypatch.setattr(loop.Training, "tell_step", real)
     got = fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, resume=True)
     assert numbers(got.result) == numbers(want.result)
 
@@ -476,13 +437,14 @@ def test_processes_must_divide_a_batch(monkeypatch):
     assert err.value.hint == "--batch-size 9"
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    def crash(event):
-        if event["kind"] == "epoch":
-            raise Crash
+def crash_after_an_epoch(event):
+    if event["kind"] == "epoch":
+        raise Crash
 
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(Crash):
-        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0, report=crash)
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0, report=crash_after_an_epoch)
     state = tmp_path / "checkpoint" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(SvpError, match=r"state\.pt cannot be read") as err:
@@ -492,12 +454,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
-    def crash(event):
-        if event["kind"] == "epoch":
-            raise Crash
-
     with pytest.raises(Crash):
-        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, report=crash)
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, report=crash_after_an_epoch)
     got = fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, resume=True)
     assert numbers(got.result) == numbers(fit(model("svp"), splits(), recipe=RECIPE).result)
     assert len(log_of(tmp_path)) == 3
