@@ -1,6 +1,7 @@
 """AdaptedModel: composition, counts, options, the probe; what every method must keep is in test_matrix.py."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from svp.backbones.checkpoints import save_backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.methods.base import Method
-from svp.model import adapt, load
+from svp.model import adapt, load, read_json
 from svp.training.trained import read_trained
 from test_matrix import backbone, step, stir
 from test_matrix import made as small
@@ -257,3 +258,59 @@ def test_clusters_are_those_of_the_network_alone():
     with torch.no_grad():
         model(images)
         assert torch.equal(chosen[0], net.features(images))
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta")
+def test_loading_leaves_the_given_backbone_where_it_is(tmp_path):
+    net = backbone()
+    made("svp", net).save_pretrained(tmp_path / "a")
+    net.to("meta")
+    before = net.fingerprint
+    net.fingerprint = lambda: read_json(tmp_path / "a" / "adapter_config.json")["backbone"]["fingerprint"]
+    try:
+        assert next(load(tmp_path / "a", net).backbone.parameters()).device.type == "meta"
+    finally:
+        net.fingerprint = before
+
+
+def test_class_names_are_as_many_as_logits(tmp_path):
+    model = made("linear")
+    with pytest.raises(SvpError, match="2 class names were given for num_classes 5"):
+        model.classes = ["a", "b"]
+    assert model.classes is None
+    model.classes = list("abcde")
+    assert model.classes == tuple("abcde")
+
+
+def test_what_cannot_be_written_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model, place = made("linear"), tmp_path / "adapter"
+    model.save_pretrained(place)
+    before = {p.name: p.read_bytes() for p in place.iterdir()}
+    rename = Path.rename
+
+    def fails(self, target):
+        if target == place and "-old-" not in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(SvpError, match="adapter cannot be written: No space left on device"):
+        model.save_pretrained(place)
+    assert {p.name: p.read_bytes() for p in place.iterdir()} == before and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SvpError, match="file cannot be written"):
+        model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_random_weights_are_drawn_again(tmp_path, images):
+    net = create_backbone("vim_tiny", depth=2, embed_dim=32, d_state=4, patch_size=8, img_size=32)
+    model = adapt(net, "linear", num_classes=5).eval()
+    model.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "a")(images), model(images))
+        net.norm_f.weight *= 2
+    adapt(net, "linear", num_classes=5).save_pretrained(tmp_path / "b")
+    with pytest.raises(SvpError, match="was trained on vim_tiny") as err:
+        load(tmp_path / "b")
+    assert err.value.hint == "give the backbone it was trained on with backbone="

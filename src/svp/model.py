@@ -60,7 +60,7 @@ class AdaptedModel(nn.Module):
         self.specs, self.head_name = specs, head_name
         self.num_classes = method.num_classes
         self.preprocessing = method.preprocessing(backbone.preprocessing)
-        self.classes: tuple[str, ...] | None = None
+        self._classes: tuple[str, ...] | None = None
         self.task: dict[str, Any] = {}
         self.drop_path = 0.0
         self._disabled = False
@@ -70,6 +70,17 @@ class AdaptedModel(nn.Module):
     @property
     def backbone(self) -> Backbone:
         return self._frozen[0]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the logits. Set to another number of names than num_classes it raises SvpError."""
+        return self._classes
+
+    @classes.setter
+    def classes(self, names: Sequence[str] | None) -> None:
+        if names is not None and len(names) != self.num_classes:
+            raise SvpError(f"{len(names)} class names were given for num_classes {self.num_classes}", kind="usage")
+        self._classes = None if names is None else tuple(names)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (b, 3, H, W) -> logits (b, num_classes)."""
@@ -112,6 +123,7 @@ class AdaptedModel(nn.Module):
     # -- what trains ---------------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser of your own is given: the tensors of method and head that train now."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def num_trainable(self, head: bool = False) -> int:
@@ -222,7 +234,10 @@ class AdaptedModel(nn.Module):
         return net.requires_grad_(True)
 
     def save_pretrained(self, folder: str | os.PathLike, card: str = "") -> Path:
-        """Write adapter_config.json, adapter_model.safetensors and README.md; the folder appears whole or not at all."""
+        """Write adapter_config.json, adapter_model.safetensors and README.md; the folder appears whole or not at all.
+
+        Raises SvpError when the folder holds something else than an adapter, or cannot be written.
+        """
         from safetensors.torch import save  # save_file makes files that only their owner may read
 
         tensors = {name: t.detach().to("cpu").contiguous().clone() for name, t in self.state_dict().items()}
@@ -256,7 +271,10 @@ class AdaptedModel(nn.Module):
         }
 
     def predict(self, paths: Any, batch_size: int = 32, top: int = 5) -> list[Prediction]:
-        """Label pictures: paths of files or folders -> one Prediction each, preprocessing inside."""
+        """Label pictures: paths of files or folders -> one Prediction each, preprocessing inside.
+
+        Raises SvpError with the name of a picture that is missing or damaged.
+        """
         from svp.data.pictures import read_picture
         from svp.data.sources import picture_files
         from svp.data.transforms import eval_transform
@@ -299,7 +317,8 @@ def adapt(
     """A backbone with a method and a new head; start values come from `seed`, the global generators are left alone.
 
     method   a name, or a list that composes: ["svp", ("lora", {"rank": 8})]; `options` belong to a single method
-    head     "linear"; "two_linear" (d -> d // 2 -> classes, no activation between); or a module feature -> logits
+    head     "linear"; "two_linear" (d -> d // 2 -> classes, no activation between); or a module feature -> logits, with
+             which an adapter is saved but not loaded: build it again and use load_state_dict
     probe    run the effect probe (`AdaptedModel.probe`)
     Raises SvpError for an unknown method or option, one that cannot act on this backbone, or tensors without effect.
     """
@@ -331,17 +350,24 @@ def adapt(
     model.method.to(p.device, p.dtype)
     model.head.to(p.device, p.dtype)
     backbone.eval()
-    model.classes = tuple(classes) if classes is not None else None
+    model.classes = classes
     if probe:
         model.probe(seed)
     return model
 
 
 def load(
-    folder: str | os.PathLike, backbone: Backbone | None = None, *, weights: str | None = None, device: str = "cpu"
+    folder: str | os.PathLike,
+    backbone: Backbone | None = None,
+    *,
+    weights: str | None = None,
+    device: str | None = None,
+    kernel: str = "auto",
 ) -> AdaptedModel:
     """The adapter in `folder` (or the run folder that holds one), on `backbone` or on the one that it names.
 
+    weights, kernel  of the backbone that it names; None: the weights it was trained on
+    device           None: where `backbone` is, else the CPU. A given backbone moves along, and with it its other adapters.
     Raises SvpError when files are missing or damaged, sizes disagree, or the backbone is not the one it was trained on.
     """
     folder = _adapter_folder(Path(folder))
@@ -361,20 +387,7 @@ def load(
         named = config["backbone"]
         specs = [(m["name"], m["options"]) for m in config["methods"]]
         if backbone is None:
-            source = weights or named["weights"]
-            if source in ("random", "merged"):
-                raise SvpError(
-                    f"{folder} was trained on a backbone of {source} weights, which no file holds",
-                    "give backbone=",
-                    "artefact",
-                )
-            backbone = create_backbone(
-                named["name"],
-                weights=weights or weights_beside(folder, source),
-                img_size=tuple(named["img_size"]),
-                pos_resize=named.get("pos_resize", "middle"),
-                **named["overrides"],
-            )
+            backbone = _named_backbone(folder, named, weights, kernel)
         _same_backbone(folder, named, backbone)
         if config["head"] == "module":
             raise SvpError(
@@ -409,7 +422,20 @@ def load(
         if hasattr(part, "filled"):  # what it would read when first needed is in the adapter
             part.filled = True  # type: ignore[assignment]
     _fill(model, folder / "adapter_model.safetensors")
-    return model.to(device).eval()
+    return (model if device is None else model.to(device)).eval()
+
+
+def _named_backbone(folder: Path, named: dict[str, Any], weights: str | None, kernel: str) -> Backbone:
+    """The backbone that an adapter was trained on; random weights are drawn again, which its fingerprint proves."""
+    source = str(weights or named["weights"])
+    if source == "merged":
+        raise SvpError(
+            f"{folder} was trained on a backbone with merged weights, which no file holds", "give backbone=", "artefact"
+        )
+    return create_backbone(
+        named["name"], weights=None if source in ("random", "none") else weights or weights_beside(folder, source),
+        img_size=tuple(named["img_size"]), kernel=kernel, pos_resize=named.get("pos_resize", "middle"), **named["overrides"],
+    )  # fmt: skip
 
 
 def _same_backbone(folder: Path, named: dict[str, Any], net: Backbone) -> None:
@@ -417,7 +443,12 @@ def _same_backbone(folder: Path, named: dict[str, Any], net: Backbone) -> None:
     found, wanted = net.fingerprint(), named["fingerprint"]
     if found != wanted:
         p = next(net.parameters())
-        hint = "give the weights it was trained on with weights="
+        is_lost = named["weights"] in ("random", "merged")
+        hint = (
+            "give the backbone it was trained on with backbone="
+            if is_lost
+            else "give the weights it was trained on with weights="
+        )
         if p.dtype not in (torch.float32, torch.float64):
             hint += f"; {str(p.dtype).removeprefix('torch.')} rounds them: load first, then change the type"
         raise SvpError(
@@ -454,7 +485,10 @@ def weights_beside(folder: Path, known: str) -> str:
 def predict(
     model: AdaptedModel | str | os.PathLike, paths: Any, *, batch_size: int = 32, top: int = 5
 ) -> list[Prediction]:
-    """Label pictures (files or folders) with a model, or with the adapter in a folder."""
+    """Label pictures (files or folders) with a model, or with the adapter in a folder.
+
+    Raises SvpError with the name of a picture that is missing or damaged, and what `load` raises.
+    """
     found = model if isinstance(model, AdaptedModel) else load(model)
     return found.predict(paths, batch_size=batch_size, top=top)
 
@@ -503,30 +537,37 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
-    """An adapter folder of these files, in place of an older one; it appears whole or not at all.
+    """An adapter folder of these files, in place of an older one; it appears whole, or the older one stays.
 
-    What else lies in the older one, for example the weights of a converted backbone, lies in the new one too.
+    Raises SvpError when it holds something else than an adapter, or cannot be written. What else lies in the older one, for example the weights of a converted backbone, lies in the new one too.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
-        raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+    work = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not (folder / "adapter_config.json").exists() and any(folder.iterdir()):
+            raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         for name, content in files.items():
             (work / name).write_bytes(content)
         work.chmod(0o755)
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
         if folder.exists():
             for path in folder.iterdir():
                 if path.name not in files:
                     _beside(path, work / path.name)
             folder.rename(old)
         work.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    except BaseException as err:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        if not isinstance(err, OSError):
+            raise
+        problem = f"{folder} cannot be written: {err.strerror or err}"
+        raise SvpError(problem, "check the folder and the space on its disk", "env") from err
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -536,7 +536,7 @@ def test_a_change_of_a_weight_is_as_exact_as_the_weight_under_autocast():
 def test_what_merged_networks_are_adapted_to_asks_for_them(tmp_path):
     merged = stirred(adapt(net_of("vim"), "bitfit", num_classes=3)).merge()
     adapt(merged, "linear", num_classes=3).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(SvpError, match="a backbone of merged weights, which no file holds") as err:
+    with pytest.raises(SvpError, match="a backbone with merged weights, which no file holds") as err:
         load(tmp_path / "adapter")
     assert err.value.hint == "give backbone="
     assert load(tmp_path / "adapter", merged).num_classes == 3

@@ -92,7 +92,9 @@ class Backbone(nn.Module):
             return dict(self.named_parameters())
         w = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("head.")}
         if seams.acts("weights"):
-            with torch.autocast(next(iter(w.values())).device.type, enabled=False):  # a change is as exact as its weight
+            with torch.autocast(
+                next(iter(w.values())).device.type, enabled=False
+            ):  # a change is as exact as its weight
                 changed = seams.weights(w)
             known = self.site_slots()
             for name in changed:

@@ -47,7 +47,9 @@ class Method(Seams, nn.Module):
     inserts: bool = False
     counts_tokens: bool = False
     classes: tuple[str, ...] | None = None
-    order: int = 0  # -2: takes pictures of its own, or replaces weights; -1: reads what nobody has changed; 1: changes shapes
+    order: int = (
+        0  # -2: takes pictures of its own, or replaces weights; -1: reads what nobody has changed; 1: changes shapes
+    )
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
@@ -123,7 +125,8 @@ class Several(Method):
             if part.counts_tokens and others:
                 problem = f"{name} counts the tokens of the sequence, beside it {others[0]} would insert others"
                 raise SvpError(problem, "combine only one of them", kind="usage")
-        self.stack = Stack(sorted((part for _, part in parts), key=lambda part: part.order))
+        ordered = sorted((part for _, part in parts), key=lambda part: part.order)
+        self.stack = Stack(ordered)
 
     @property
     def acts_before_blocks(self):
@@ -151,7 +154,9 @@ class Several(Method):
         return self.stack.memory(i, w)
 
     def folded(self, weights):
-        for part in sorted(self.stack.parts, key=lambda part: part.acts("branch")):  # what layers read: also those beside
+        for part in sorted(
+            self.stack.parts, key=lambda part: part.acts("branch")
+        ):  # what layers read: also those beside
             found = part.folded(weights)
             if found is None:
                 return None

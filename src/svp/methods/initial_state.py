@@ -36,7 +36,9 @@ class InitialState(Method):
     def unfit(cls, site, opt):
         if not all(block.n for block in site.blocks):
             return "it sets the state of a scan, which this network does not have"
-        if opt.conv and any(b.k == 2 and f"layers.{i}.mixer.conv1d_b.weight" not in site.weights for i, b in enumerate(site.blocks)):
+        if opt.conv and any(
+            b.k == 2 and f"layers.{i}.mixer.conv1d_b.weight" not in site.weights for i, b in enumerate(site.blocks)
+        ):
             return "conv=true gives each direction a past of its convolution, and both directions of this network share one"
         return None if opt.state or opt.conv else "neither state nor conv is to be trained"
 

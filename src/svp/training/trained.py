@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svp.backbones.create import create_backbone
 from svp.data.pictures import read_picture
 from svp.data.protocols import DEFAULT, Protocol
 from svp.errors import SvpError, nearest
-from svp.model import AdaptedModel, Prediction, load, read_json, weights_beside
+from svp.model import AdaptedModel, Prediction, load, read_json
 from svp.options import build
 from svp.training.folder import CONFIG, MODEL, RunFolder
 
@@ -67,19 +66,7 @@ class Trained:
         weights  of the backbone; None: those it was trained on. Random ones are drawn again, which the fingerprint proves.
         Raises SvpError when files are missing or damaged, or the backbone is not the one it was trained on.
         """
-        try:
-            named = self.config["backbone"]
-            name, size, overrides = named["name"], tuple(named["img_size"]), dict(named["overrides"])
-            known, way = str(named["weights"]), named.get("pos_resize", "middle")
-        except (KeyError, TypeError, ValueError) as err:
-            problem = f"{self.folder / ADAPTER}: the field {err} is missing or wrong"
-            raise SvpError(problem, "save the adapter again", "artefact") from err
-        source = weights or weights_beside(self.folder, known)
-        net = create_backbone(
-            name, weights=None if source in ("random", "none") else source, img_size=size, kernel=kernel, pos_resize=way,
-            **overrides,
-        )  # fmt: skip
-        return load(self.folder, net, device=device)
+        return load(self.folder, weights=weights, kernel=kernel, device=device)
 
 
 def read_trained(path: str | os.PathLike) -> Trained:
