@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from svp.backbones.base import Backbone
+from svp.backbones import vim
 from svp.errors import SvpError
 from svp.methods.base import Phase
 from svp.model import load
@@ -90,9 +90,18 @@ def test_a_finished_run_is_read_back(tmp_path):
 
 
 def test_seeds_decide():
-    runs = [fit(model("svp", seed=s), splits(), recipe=RECIPE, seed=s).result for s in (0, 0, 1)]
-    assert numbers(runs[0]) == numbers(runs[1])
-    assert runs[0]["seed"] != runs[2]["seed"]
+    """That of the start values, and that of training."""
+
+    def run(start, seed):
+        net = model("svp", seed=start)
+        return numbers(fit(net, splits(), recipe=RECIPE, seed=seed).result), tensors(net)
+
+    result, state = run(0, 0)
+    again, equal = run(0, 0)
+    assert again == result
+    assert_same(equal, state)
+    for other in (run(1, 0), run(0, 1)):
+        assert [name for name, value in other[1].items() if torch.equal(value, state[name])] == []
 
 
 def test_the_rate_is_the_methods_own_unless_given():
@@ -198,15 +207,16 @@ def test_workers_change_nothing(method):
         assert_same(state, runs[0][1])
 
 
-def test_accumulation_takes_exact_means():
-    """30 pictures: the last step has 6 of 16, in batches of 8, 8 / 6; equal to one batch up to rounding."""
+@pytest.mark.parametrize("whole, parts", [(16, [(8, 2), (2, 8)]), (15, [(5, 3)])])
+def test_accumulation_takes_exact_means(whole, parts):
+    """30 pictures: equal to one batch a step up to rounding; of 16, the last step has 14 in batches of 8 and 6."""
     states = []
-    for batch, accumulate in ((16, 1), (8, 2), (2, 8), (5, 3)):
+    for batch, accumulate in ((whole, 1), *parts):
         net = model("svp")
         recipe = RECIPE.but(batch_size=batch, accumulate=accumulate, lr_per=0, optimizer="sgd", epochs=2, lr=0.1)
         fit(net, splits(), recipe=recipe)
         states.append(tensors(net))
-    for other in states[1:3]:
+    for other in states[1:]:
         for name, value in states[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -230,17 +240,25 @@ def test_chance_before_the_head_forbids_the_cache():
 
 
 def test_recomputed_blocks_give_the_same_numbers_and_the_backbone_its_setting_back(monkeypatch):
-    seen = []
-    checkpointed = Backbone.checkpointed
-    monkeypatch.setattr(
-        Backbone, "checkpointed", lambda self, *args: seen.append(self.grad_checkpointing) or checkpointed(self, *args)
-    )
-    kept = fit(model(), splits(), recipe=RECIPE).result
-    assert not any(seen)
-    other = model()
-    again = fit(other, splits(), recipe=RECIPE.but(grad_checkpointing=True)).result
-    assert any(seen) and not other.backbone.grad_checkpointing
-    assert again["val_accuracy"] == kept["val_accuracy"] and again["test_accuracy"] == kept["test_accuracy"]
+    ran, run = [], vim.Block.__call__
+    monkeypatch.setattr(vim.Block, "__call__", lambda self, *args: ran.append(net.training) or run(self, *args))
+    found = []
+    for recompute in (False, True):
+        ran.clear()
+        net = model()
+        result = fit(net, splits(), recipe=RECIPE.but(grad_checkpointing=recompute)).result
+        assert ran.count(True) == 12 * 2 * (1 + recompute) and ran.count(False) == 4 * 2  # steps, looks at val and test
+        assert not net.backbone.grad_checkpointing
+        found.append((result["val_accuracy"], result["test_accuracy"], tensors(net)))
+    assert found[0][:2] == found[1][:2]
+    assert_same(found[0][2], found[1][2])
+
+
+def test_blocks_are_dropped_in_steps_alone(monkeypatch):
+    seen, net = set(), model("svp")
+    monkeypatch.setattr(vim, "drop_path", lambda x, rate: seen.add((net.training, rate)) or x)
+    fit(net, splits(), recipe=RECIPE.but(epochs=1, drop_path=0.2))
+    assert seen == {(True, 0.2), (False, 0.0)}
 
 
 def test_the_average_is_what_is_saved():
@@ -410,9 +428,13 @@ def test_a_large_batch_and_a_strange_rate_are_noted():
     assert "batch_size 64 is larger than the 30" in text and "1e-09 is far from" in text
 
 
-def test_bf16_runs_on_the_cpu():
-    run = fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), amp="bf16", device="cpu")
-    assert run.result["amp"] == "bf16"
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), ("off", torch.float32)])
+def test_bf16_runs_on_the_cpu(amp, dtype):
+    seen, net = set(), model("svp")
+    net.head.register_forward_hook(lambda module, args, out: seen.add((net.training, out.dtype)))
+    run = fit(net, splits(), recipe=RECIPE.but(epochs=1), amp=amp, device="cpu")
+    assert run.result["amp"] == amp and seen == {(True, dtype), (False, dtype)}
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
 def test_classes_in_another_order_train_the_same_model():
