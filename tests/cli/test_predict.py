@@ -36,7 +36,9 @@ def test_the_k_best(svp, trained, photos):
 def test_the_labels_are_those_of_the_run(svp, trained, photos):
     told = json.loads(svp("predict", trained, photos / "test", "--json").out)
     rows = list(csv.DictReader(io.StringIO((trained / "predictions.csv").read_text())))
-    assert sorted(row["guess1"] for row in rows) == sorted(p["label"] for p in told)
+    found = {p["path"]: (p["label"], pytest.approx(p["probability"], abs=2e-6)) for p in told}
+    assert len(rows) == len(told) == 12
+    assert {row["picture"]: (row["guess1"], float(row["probability1"])) for row in rows} == found
 
 
 def test_csv_survives_commas(svp, trained, pictures):
