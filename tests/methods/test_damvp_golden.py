@@ -16,15 +16,52 @@ def site_of(side, d):
     return Site("any", (BlockSite(d),), {}, frozenset(), (side, side), 4, (4, 4), (0,), d, (0,) * 3, (1,) * 3)
 
 
-def test_published_clusters_and_frames():
+class Told:
+    """A run whose pictures are the golden file's representations, seven to a batch; it remembers which were asked for."""
+
+    def __init__(self, t):
+        self.rows, self.generator, self.asked = t["rep"], torch.Generator().manual_seed(0), []
+
+    def size(self, split):
+        return len(self.rows)
+
+    def batches(self, split, augment, index):
+        assert split == "train" and augment
+        for part in index.split(7):
+            self.asked += part.tolist()
+            yield self.rows[part], None, part
+
+    def features(self, images):
+        return images
+
+
+def begun(t, **options):
+    """The method after its look at the data, and the run that it looked at."""
+    method, run = DAMVP(site_of(16, t["rep"].shape[1]), DAMVP.Options(**options), 2).double(), Told(t)
+    method.begin(run)
+    return method, run
+
+
+def test_published_clusters():
     config, t = golden("prompts", "damvp_prompt")
     labels, threshold = partition(t["rep"], DAMVP.Options(threshold=config["distance_threshold"]))
     assert threshold == 18.0
     together = labels[:, None] == labels[None]
     assert torch.equal(together, t["labels"][:, None] == t["labels"][None])
-    means = torch.stack([t["rep"][t["labels"] == c].mean(0) for c in range(4)])
-    assert_close(means, t["prototypes"], "prototypes")
 
+    method, run = begun(t, threshold=config["distance_threshold"], size=config["prompt_size"])
+    assert sorted(run.asked) == list(range(len(t["rep"])))  # each once
+    assert method.opt.clusters == len(method.up) == len(t["prototypes"]) == 4 and method.opt.threshold == 18.0
+    order = torch.cdist(t["prototypes"], method.prototypes).argmin(1)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    assert_close(method.prototypes[order], t["prototypes"], "prototypes")
+    assert torch.equal(method.nearest(t["rep"]), order[t["labels"]])
+    few, run = begun(t, clusters=2, sample=5)
+    assert len(set(run.asked)) == len(run.asked) == 5 and len(few.prototypes) == 2
+
+
+def test_published_frames():
+    config, t = golden("prompts", "damvp_prompt")
     method = DAMVP(site_of(16, 10), DAMVP.Options(clusters=4, size=config["prompt_size"]), 2).double()
     method.prototypes.copy_(t["prototypes"])
     for part in FRAME:
