@@ -16,8 +16,12 @@ def golden(folder, case):
 
 
 def cases(folder, *patterns):
-    """Names of the golden files that match."""
-    return sorted(path.stem for pattern in patterns for path in (GOLDEN / folder).glob(f"{pattern}.safetensors"))
+    """Names of the golden files that match; of each pattern there must be some."""
+    found = [[path.stem for path in (GOLDEN / folder).glob(f"{pattern}.safetensors")] for pattern in patterns]
+    assert all(found), (
+        f"no golden file in {folder} for {[p for p, names in zip(patterns, found, strict=True) if not names]}"
+    )
+    return sorted(name for names in found for name in names)
 
 
 def starting(tensors, prefix):
