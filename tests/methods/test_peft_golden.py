@@ -191,6 +191,17 @@ def test_affix(type, precision, monkeypatch):
     finish(t, y, Pairs({}), inputs, close, grad_close)
 
 
+@PRECISIONS
+def test_a_suffix_is_seen_by_nothing(precision):
+    """Why ours has none: the published output is that of the mixer alone, and the suffix takes no gradient."""
+    dtype, kernel, close, grad_close = precision
+    config, t = golden("peft", "affix_inner_single_suffix")
+    mixer = mixer_of(config, starting(t, "param."), dtype)
+    x = t["in.x"].to(dtype).requires_grad_()
+    finish(t, mixer_alone(mixer, x, kernel=kernel), Pairs({}), {"x": x}, close, grad_close)
+    assert t["in.inner_single_suffix"].any() and not t["grad_in.inner_single_suffix"].any()
+
+
 # -- whole networks ----------------------------------------------------------------------------------------------------
 
 
