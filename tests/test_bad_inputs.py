@@ -541,7 +541,7 @@ WEIGHTS = [
 
 RUNS = [
     refused(53, "other classes in eval", "eval run birds", "the model knows 2 classes, birds has 3, for example crow", "give the source that it was trained on",
-            make=(a_run, pictures("birds", {"cat": 3, "dog": 3, "crow": 3})), leaves=("run/eval",)),
+            make=(a_run, pictures("birds", {"cat": 3, "dog": 3, "crow": 3})), leaves=("run/eval", "run/eval/birds")),
     refused(55, "an adapter on another base", "eval run --weights other.safetensors", r"run/model was trained on vim_nano \w{12} \(weights\.safetensors\), this backbone is vim_nano \w{12} \(other\.safetensors\)",
             "give the weights it was trained on", "artefact", make=(a_run, weights("other.safetensors", sizes={"seed": 1})), leaves=("run/eval",)),
     refused(55, "in Python", lambda: svp.load("run", backbone=network(seed=1)), r"run/model was trained on vim_nano \w{12} .*, this backbone is vim_nano \w{12} \(random\)", "weights=", "artefact", make=a_run),

@@ -1,5 +1,6 @@
 """Plug-ins are found by file name and entry point, and nothing is imported to list them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,8 +8,11 @@ import sys
 import pytest
 
 from svp import registry
+from svp.backbones.checkpoints import save_backbone
+from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.methods.base import Method
+from svp.model import adapt
 from svp.registry import BACKBONES, METHODS, Entry, Room, list_backbones, list_methods, method_class
 
 
@@ -90,6 +94,33 @@ def test_an_entry_point_may_not_take_a_name_of_ours(point):
     point("svp", "mine_package.method:Mine")
     with pytest.raises(SvpError, match=r"the method 'svp' of mine_package\.method:Mine has the name of a built-in one"):
         list_methods()
+
+
+def test_an_entry_point_brings_a_backbone(monkeypatch, tmp_path):
+    """Sizes and a subclass are enough: weights from a file load, and none are published."""
+    (tmp_path / "my_net.py").write_text(
+        "from svp.backbones import vim\n"
+        "VARIANTS = {'my_net': dict(embed_dim=16, depth=2, d_state=4, patch_size=4, img_size=16, num_classes=3)}\n"
+        "class Mine(vim.Vim):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("my_net")
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points",
+        lambda group: [Point("my_net", "my_net", module)] if group == "svp.backbones" else [],
+    )
+    registry._entries.cache_clear()
+    try:
+        net = create_backbone("my_net", seed=1)
+        save_backbone(net, tmp_path / "net.safetensors")
+        again = create_backbone("my_net", weights=tmp_path / "net.safetensors")
+        assert again.fingerprint() == net.fingerprint() and type(again) is module.Mine
+        with pytest.raises(SvpError, match="no weights ship with my_net and none are published"):
+            create_backbone("my_net", weights="default")
+        assert adapt(again, "svp", num_classes=2, hidden=4).num_trainable() > 0
+    finally:
+        monkeypatch.undo()
+        registry._entries.cache_clear()
 
 
 def test_a_file_without_variants_brings_none(tmp_path, monkeypatch):

@@ -104,6 +104,28 @@ def test_the_run_s_own_pictures_that_moved_are_split_as_in_training(svp, config,
     assert "the epoch was selected" in told.err
 
 
+def test_the_validation_split_is_the_one_that_was_cut(svp, trained, config, loose, tmp_path):
+    """With a seed of its own; a model that is asked about other pictures would know many of them from training."""
+    data = package.open_data(f"folder:{loose}", seed=3)
+    net = package.create_backbone("vim_tiny", depth=2, embed_dim=16, d_state=4, patch_size=8, img_size=16)
+    model = package.adapt(net, "linear", num_classes=3, classes=data.classes)
+    run = package.fit(model, data, recipe=package.Recipe(epochs=1), out=tmp_path / "run")
+    told = svp("eval", tmp_path / "run", "--json")
+    assert json.loads(told.out)["accuracy"] == run.val_accuracy and "not the same" not in told.err
+    told = svp("train", "--config", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", "-q")
+    assert result(tmp_path / "again")["data"] == run.result["data"] and "not those of" not in told.err
+
+
+def test_scores_of_other_pictures_stand_beside_the_run_s(svp, trained, photos, tmp_path):
+    assert svp("eval", trained, "-q").code == 0
+    own = (trained / "eval" / "test.json").read_text()
+    shutil.copytree(photos / "train", tmp_path / "newer pictures")
+    told = svp("eval", trained, tmp_path / "newer pictures")
+    assert told.code == 0 and str(trained / "eval" / "newer-pictures") in told.err
+    assert (trained / "eval" / "test.json").read_text() == own
+    shutil.rmtree(trained / "eval" / "newer-pictures")
+
+
 def test_bad_pictures_of_a_measured_folder_are_left_out(svp, trained, photos, tmp_path):
     shutil.copytree(photos / "test", tmp_path / "new")
     for path in (tmp_path / "new" / "red").iterdir():

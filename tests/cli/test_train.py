@@ -2,11 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+
+import svp as package
+from svp.backbones.checkpoints import save_backbone
 
 
 def test_a_run_and_its_table(svp, config, tmp_path):
@@ -47,6 +52,42 @@ def test_a_config_of_a_run_repeats_it(svp, trained, tmp_path):
     for key in ("timing", "git"):
         first.pop(key), again.pop(key)
     assert first == again
+
+
+def test_a_repetition_says_that_weights_or_pictures_have_changed(svp, loose, tmp_path):
+    data = loose.parent / "changing"
+    shutil.copytree(loose, data)
+    net = package.create_backbone("vim_tiny", depth=2, embed_dim=16, d_state=4, patch_size=8, img_size=16)
+    save_backbone(net, tmp_path / "net.safetensors")
+    wide = dict(depth=2, embed_dim=16, d_state=4, patch_size=8)
+    net = package.create_backbone(
+        "vim_tiny", weights=tmp_path / "net.safetensors", img_size=24, pos_resize="repo", **wide
+    )
+    run = package.fit(
+        package.adapt(net, "linear", num_classes=3),
+        f"folder:{data}",
+        recipe=package.Recipe(epochs=1),
+        out=tmp_path / "run",
+    )
+    repeat = ("train", "--config", tmp_path / "run" / "config.yaml", "--out")
+    told = svp(*repeat, tmp_path / "same")
+    assert told.code == 0 and "not those of" not in told.err
+    again = json.loads((tmp_path / "same" / "result.json").read_text())
+    assert (
+        again["val_accuracy"] == run.val_accuracy
+        and "pos_resize: repo" in (tmp_path / "same" / "config.yaml").read_text()
+    )
+    next((data / "red").iterdir()).unlink()
+    with torch.no_grad():
+        net.norm_f.weight.mul_(2)
+    other = package.create_backbone("vim_tiny", img_size=16, seed=1, **wide)
+    save_backbone(other, tmp_path / "net.safetensors")
+    told = svp(*repeat, tmp_path / "other")
+    assert told.code == 0
+    assert f"the weights are not those of {tmp_path / 'run' / 'config.yaml'}: this is another run" in told.err
+    assert "the pictures are not those of" in told.err
+    told = svp(*repeat, tmp_path / "typed", "--weights", tmp_path / "net.safetensors")
+    assert "weights are not" not in told.err and "the pictures are not those of" in told.err
 
 
 def test_several_methods_and_seeds_stand_in_one_table(svp, config, tmp_path):

@@ -62,6 +62,24 @@ def test_foreign_content_is_left_alone(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["model", "eval", "checkpoint", "result.json"])
+def test_things_of_the_user_may_have_our_names(tmp_path, name):
+    """A project folder with a model/ of its own: without config.yaml nothing in it is a run's."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("years of work")
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(SvpError, match=f"holds other things \\({name}\\) and is no run folder"):
+            opened(tmp_path, **how)
+    assert (tmp_path / name / "mine.txt").read_text() == "years of work"
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(SvpError, match="no such"), RunFolder(tmp_path / "run").opened(SETTINGS) as folder:
+        folder.log({"epoch": 1})
+        raise SvpError("no such method")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_in_the_way_and_a_path_too_long(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SvpError, match="cannot be made") as err:

@@ -57,7 +57,6 @@ def test_a_run_learns_and_writes_what_it_promises(tmp_path):
         recipe=RECIPE.but(epochs=8, augment="none", lr=3e-2),
         out=tmp_path / "run",
         report=events.append,
-        config={"words": "svp"},
     )
     assert run.test_accuracy > 0.9 and run.folder == tmp_path / "run"
     assert sorted(os.listdir(run.folder)) == ["config.yaml", "metrics.jsonl", "model", "predictions.csv", "result.json"]
@@ -70,7 +69,7 @@ def test_a_run_learns_and_writes_what_it_promises(tmp_path):
     assert_same(tensors(net), tensors(again))
     assert again.classes == data.classes
     assert evaluate(again, data).accuracy == run.test_accuracy
-    assert "words: svp" in (run.folder / "config.yaml").read_text()
+    assert "protocol:" in (run.folder / "config.yaml").read_text()
     assert "svp" in run.table() and f"{100 * run.test_accuracy:.1f} %" in run.table()
     keys = "method options backbone weights fingerprint source protocol recipe seed classes epochs selected_epoch " \
            "val_accuracy test_accuracy test_mean_class_accuracy last_val_accuracy trainable backbone_parameters data " \

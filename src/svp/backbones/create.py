@@ -18,6 +18,12 @@ from svp.errors import SvpError, unknown
 from svp.registry import BACKBONES
 
 FAMILIES = {"vim": "a Vision Mamba", "vit": "a ViT"}
+OPTIONAL: dict[str, Any] = {  # functions that a family's file may have, and what holds without them
+    "published": lambda name: None,  # (hub repository, its files) of the weights "default"
+    "renamed": lambda tensors: tensors,  # a checkpoint's tensors under our names
+    "recognise": lambda tensors: {},  # the sizes that they make, None: of another network
+    "compared": lambda name, sizes: {},  # the sizes that must be those
+}
 KERNELS = ("auto", "reference", "cpu", "triton")
 
 
@@ -49,7 +55,7 @@ def create_backbone(
         sizes["img_size"] = pair(img_size)
     found = None if weights is None else read_checkpoint(weights_file(name, str(weights)), trust_pickle=trust_pickle)
     if found is not None:
-        found.tensors = module.renamed(found.tensors)
+        found.tensors = part_of(module, "renamed")(found.tensors)
         sizes = _fitted(name, module, sizes, found, overrides)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -80,13 +86,18 @@ def family_class(module: Any) -> type[Backbone]:
     )
 
 
+def part_of(module: Any, name: str) -> Any:
+    """A function of a family's file, or what holds where it has none."""
+    return getattr(module, name, OPTIONAL[name])
+
+
 def weights_file(name: str, weights: str) -> Path:
     """The local file of a `weights` text; hub files are fetched into the hub's cache."""
     if weights == "default":
         shipped = shipped_weights(name)
         if shipped is not None:
             return shipped
-        published = family_of(name).published(name)
+        published = part_of(family_of(name), "published")(name)
         if published is None:
             raise SvpError(
                 f"no weights ship with {name} and none are published",
@@ -144,20 +155,20 @@ def _fitted(
     name: str, module: Any, sizes: dict[str, Any], found: Checkpoint, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """The sizes with the file's class count; raises when the file is of another network, naming the one it fits."""
-    seen = module.recognise(found.tensors)
+    seen, compared = part_of(module, "recognise")(found.tensors), part_of(module, "compared")
     if seen is None:
         raise SvpError(
             f"{found.path} does not look like {name}: it holds {looks_like(found.tensors)}",
             f"its tensors: {shortened(found.tensors)}; `svp list backbones` shows what is known", "artefact",
         )  # fmt: skip
     free = [key for key in ("num_classes", "d_state") if key in seen and key not in overrides]  # as the file has them
-    wanted = {key: value for key, value in module.compared(name, sizes).items() if key not in free}
+    wanted = {key: value for key, value in compared(name, sizes).items() if key not in free}
     wrong = [k for k, v in wanted.items() if k in seen and v is not None and seen[k] != v]
     if wrong:
         fits = [
             other
             for other, row in module.VARIANTS.items()
-            if all(seen.get(k, v) == v for k, v in module.compared(other, row).items() if v is not None)
+            if all(seen.get(k, v) == v for k, v in compared(other, row).items() if v is not None)
         ]
         hint = f"the file fits {' or '.join(fits[:3])}: --backbone {fits[0]}" if fits else f"its sizes: {words(seen)}"
         said = " and ".join(f"{k} {seen[k]}" for k in wrong)

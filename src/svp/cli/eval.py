@@ -23,6 +23,7 @@ from svp.cli.words import (
     note,
     percent,
     say,
+    short_name,
 )
 from svp.errors import SvpError
 
@@ -50,7 +51,7 @@ SECTIONS = {
 @click.argument("run")
 @click.argument("source", required=False)
 @click.option("--split", type=click.Choice(["test", "val", "train"]), help="Which pictures.  [default: test, or val where there is no test]")  # fmt: skip
-@click.option("--out", metavar="FOLDER", help="Where scores and picture go.  [default: RUN/eval]")
+@click.option("--out", metavar="FOLDER", help="Where scores and picture go.  [default: RUN/eval, of other pictures RUN/eval/SOURCE]")  # fmt: skip
 @click.option(
     "--batch-size", "-b", type=click.IntRange(1, 1_000_000), help="Pictures of a forward pass.  [default: the run's]"
 )
@@ -67,7 +68,7 @@ def command(**typed: Any) -> None:
 
     RUN is a run folder, its model/, or any adapter folder. SOURCE is what it was trained on, if nothing else is given; of
     another one its test split is measured, or where it has none all its pictures. The scores and the confusion matrix are
-    also written to RUN/eval/.
+    also written to a folder.
     """
     from svp.training.evaluate import evaluate
     from svp.training.machine import device_named
@@ -82,7 +83,7 @@ def command(**typed: Any) -> None:
         note(
             f"{data.source} has no test split: validation is measured, on which the epoch was selected", typed["quiet"]
         )
-    out = made(Path(typed["out"] or found.home / "eval"))
+    out = made(Path(typed["out"] or found.home / "eval" / ("" if is_own(found, data) else short_name(data.source))))
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device))
     scores = evaluate(
         model, data, split, batch_size=typed["batch_size"] or found.batch_size, device=str(device),
@@ -120,21 +121,27 @@ def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
         "on_bad_image": typed["on_bad_image"] if is_asked else was.get("on_bad_image", "error"),
         **({"max_pixels": was["max_pixels"]} if "max_pixels" in was else {}),
     }
+    cut = {"protocol": found.protocol, "seed": was.get("seed", 0), **reading}  # the validation split as it was cut
     try:
         if typed["source"] and not typed["split"]:
             with contextlib.suppress(
                 SvpError
             ):  # the run's own pictures, which may have moved: never those it was trained on
-                data = open_data(source, protocol=found.protocol, **reading)
-                if data.hash() == (found.settings.get("data") or {}).get("hash"):
+                data = open_data(source, **cut)
+                if is_own(found, data):
                     return data
             return open_whole(source, protocol=found.protocol, **reading)
-        return open_data(source, protocol=found.protocol, **reading)
+        return open_data(source, **cut)
     except SvpError as err:
         if typed["source"]:
             raise
         hint = f"svp eval {typed['run']} SOURCE, if the pictures are elsewhere now"
         raise SvpError(f"{err.problem} (it is what {found.home} was trained on)", hint, err.kind) from err
+
+
+def is_own(found: Trained, data: Splits) -> bool:
+    """Whether these are the pictures of the run itself, as far as it says so."""
+    return (found.settings.get("data") or {}).get("hash") in (None, data.hash())
 
 
 def made(folder: Path) -> Path:
@@ -196,6 +203,9 @@ def compare(found: Trained, data: Splits, scores: Evaluation, quiet: bool) -> No
     told = found.result.get(f"{scores.split}_accuracy")
     if told is None or abs(told - scores.accuracy) < 0.5 / scores.count:
         return
-    changed = (found.settings.get("data") or {}).get("hash") not in (None, data.hash())
-    why = "the pictures are not the same" if changed else "another machine, kernel or precision rounds differently"
+    why = (
+        "the pictures are not the same"
+        if not is_own(found, data)
+        else "another machine, kernel or precision rounds differently"
+    )
     note(f"the run itself reported {percent(told)} %: {why}", quiet)

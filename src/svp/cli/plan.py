@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svp.cli.words import MAX_PIXELS, without_dashes
+import click
+
+from svp.cli.words import MAX_PIXELS, short_name, without_dashes
 from svp.errors import SvpError, nearest, unknown
 from svp.options import assignments
 from svp.registry import METHODS, method_class
@@ -55,9 +56,11 @@ class Plan:
     workers: int | None
     on_bad_image: str = "error"
     max_pixels: int = MAX_PIXELS
+    cut_seed: int = 0
     compile: bool = False
     deterministic: bool = False
     origins: dict[str, str] = field(default_factory=dict)
+    repeats: dict[str, str] = field(default_factory=dict)  # of a config file: the file, fingerprint and hash of its run
 
     @property
     def count(self) -> int:
@@ -65,7 +68,7 @@ class Plan:
 
     def out(self, given: str | None, wanted: Wanted, seed: int) -> Path:
         """The folder of one run: runs/<data>-<method>-<backbone>-s<seed>, or of several OUT/<method>-s<seed>."""
-        data = re.sub(r"[^\w.-]+", "-", Path(self.source.split(":", 1)[-1].rstrip("/\\") or self.source).name) or "data"
+        data = short_name(self.source)
         if self.count == 1:
             return Path(given or f"runs/{data}-{wanted.folder}-{self.backbone}-s{seed}")
         return Path(given or f"runs/{data}-{self.backbone}") / f"{wanted.folder}-s{seed}"
@@ -100,7 +103,8 @@ def plan_from(typed: dict[str, Any]) -> Plan:
     source = words.get("source", None)
     if source is None:
         raise SvpError("no SOURCE was given", "svp train digits, or svp train folder:photos/", "usage")
-    if (meant := without_dashes(str(source))) is not None and not Path(source).exists():
+    meant = without_dashes(str(source), click.get_current_context())
+    if meant is not None and not Path(source).exists():
         raise meant
     weights = words.get("weights", WEIGHTS)
     machine, reading = config.get("machine") or {}, config.get("reading") or {}
@@ -114,8 +118,9 @@ def plan_from(typed: dict[str, Any]) -> Plan:
         workers=typed["workers"] if typed.get("workers") is not None else machine.get("workers"),
         on_bad_image=typed.get("on_bad_image") or reading.get("on_bad_image") or "error",
         max_pixels=typed.get("max_pixels") or reading.get("max_pixels") or MAX_PIXELS,
-        compile=bool(typed.get("compile") or machine.get("compile")),
-        deterministic=bool(typed.get("deterministic") or machine.get("deterministic")), origins=words.origins,
+        cut_seed=reading.get("seed", 0), compile=bool(typed.get("compile") or machine.get("compile")),
+        deterministic=bool(typed.get("deterministic") or machine.get("deterministic")),
+        origins=words.origins, repeats=_repeats(config, words, path),
     )  # fmt: skip
 
 
@@ -150,7 +155,10 @@ def read_config(path: str) -> dict[str, Any]:
     if isinstance(backbone, dict):
         try:
             found |= {"backbone": str(backbone["name"]), "weights": backbone["weights"], "kernel": backbone["kernel"],
-                      "img_size": tuple(backbone["img_size"]), "overrides": dict(backbone["overrides"])}  # fmt: skip
+                      "img_size": tuple(backbone["img_size"]), "overrides": dict(backbone["overrides"]),
+                      "fingerprint": backbone.get("fingerprint")}  # fmt: skip
+            if "pos_resize" in backbone:
+                found["overrides"]["pos_resize"] = backbone["pos_resize"]
             if not _is_size(found["img_size"]):
                 raise ValueError
         except (KeyError, TypeError, ValueError) as err:
@@ -184,15 +192,28 @@ def read_config(path: str) -> dict[str, Any]:
         if (
             not isinstance(reading, dict)
             or reading.get("on_bad_image", "error") not in ("error", "skip")
-            or not _is_count(reading.get("max_pixels", 1))
+            or not all(_is_count(reading.get(key, 1)) for key in ("max_pixels", "seed"))
         ):
-            raise wrong("reading", "on_bad_image, error or skip, and max_pixels, a whole number")
+            raise wrong("reading", "on_bad_image, error or skip, and max_pixels and seed, whole numbers")
         found["reading"] = reading
+    if isinstance(data := values.get("data"), dict):
+        found["hash"] = data.get("hash")
     if (machine := values.get("machine")) is not None:
         if not isinstance(machine, dict) or not _is_count(machine.get("workers") or 0):
             raise wrong("machine", "device and workers, a whole number from 0")
         found["machine"] = machine
     return found
+
+
+def _repeats(config: dict[str, Any], words: Words, path: str | None) -> dict[str, str]:
+    """What the file says of weights and pictures that it names too, and nobody has typed others."""
+    by = {"fingerprint": ("backbone", "weights"), "hash": ("source", "protocol")}
+    known = {
+        key: config[key]
+        for key, names in by.items()
+        if config.get(key) and all(words.origins[n] == path for n in names)
+    }
+    return {"file": str(path), **known} if known else {}
 
 
 def _is_count(value: Any) -> bool:

@@ -60,20 +60,22 @@ def command(**typed: Any) -> None:
         raise SvpError("--csv and --json exclude each other", "give one", "usage")
     from svp.data.sources import picture_files
     from svp.training.machine import device_named
-    from svp.training.trained import label, read_trained
+    from svp.training.trained import Unread, label, read_trained
 
     found = read_trained(typed["run"])
-    files = picture_files(names(typed["images"]))
+    skips, lost = typed["on_bad_image"] == "skip", list[str]()
+    files = picture_files(names(typed["images"]), lost if skips else None)
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device_named(typed["device"])))
     top = typed["top"] or (5 if typed["as_json"] else 1)
-    labels = label(model, files, batch_size=typed["batch_size"], top=top, skip=typed["on_bad_image"] == "skip")
+    labels = label(model, files, batch_size=typed["batch_size"], top=top, skip=skips)
     labels, top = counted(labels, len(files), typed["quiet"]), min(top, model.num_classes)
     if typed["as_json"]:
         bad = print_list(labels, top)
     else:
         bad = print_csv(labels, top) if typed["as_csv"] else print_lines(labels, top)
+    bad += [Unread("", problem) for problem in lost]
     if bad:
-        tell(bad, len(files))
+        tell(bad, len(files) + len(lost))
 
 
 def names(images: tuple[str, ...]) -> list[str]:

@@ -120,13 +120,23 @@ def train(plan: Plan, typed: dict[str, Any]) -> None:
     from svp.data.sources import open_data
     from svp.ops import native
     from svp.training.facts import check_memory
+    from svp.training.machine import device_named, kernel_name
 
     quiet = typed["quiet"]
     native.keep_freed_memory()
-    data = open_data(plan.source, protocol=plan.protocol, on_bad_image=plan.on_bad_image, max_pixels=plan.max_pixels)
+    data = open_data(
+        plan.source,
+        protocol=plan.protocol,
+        seed=plan.cut_seed,
+        on_bad_image=plan.on_bad_image,
+        max_pixels=plan.max_pixels,
+    )
     net = backbone_of(plan)
+    for what, key, found in (("weights are", "fingerprint", net.fingerprint()), ("pictures are", "hash", data.hash())):
+        if plan.repeats.get(key, found) != found:
+            note(f"the {what} not those of {plan.repeats['file']}: this is another run", quiet)
     check_memory(net, len(data.train), plan.recipe)  # before the probe, which would fill it
-    if not native.available and plan.kernel == "auto":
+    if kernel_name(net, device_named(plan.device)) == "reference" and plan.kernel == "auto":
         note(f"plain PyTorch computes the scan, slowly ({native.reason}); `svp doctor` tells more", quiet)
     if typed["dry_run"]:
         told = [rehearse(plan, wanted, net, data, typed) for wanted in plan.wanted]
@@ -173,7 +183,7 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
             model = model_of(plan, wanted, net, data, seed)
             first = seed == plan.seeds[0]
             if not results:
-                introduce(plan, net, data, typed)
+                introduce(plan, model, data, typed)
             if first:
                 say(model.summary().splitlines()[0], quiet)
             was_finished = RunFolder(folder).result() is not None and not typed["overwrite"]
@@ -191,17 +201,21 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
     return results, folders
 
 
-def introduce(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> None:
+def introduce(plan: Plan, model: AdaptedModel, data: Splits, typed: dict[str, Any]) -> None:
     """The first lines: what is trained on what, and which kernel answers."""
     from svp.training.feed import prepared
     from svp.training.machine import device_named, kernel_name
 
-    device = device_named(plan.device)
-    p = prepared(net.preprocessing, data)
+    device, net = device_named(plan.device), model.backbone
+    report: Any = net.report
+    p = prepared(model.preprocessing, data)
     level = f" ({native_words()})" if kernel_name(net, device) == "cpu" else ""
     cut = "straight to" if p.exact else f"shorter side {p.shorter_side}, centre crop"
-    say(f"{data.source}: {data.num_classes} classes; pictures {cut} {p.crop[0]} x {p.crop[1]}, bicubic", typed["quiet"])
-    for text in net.report.notes:
+    say(
+        f"{data.source}: {data.num_classes} classes; pictures {cut} {p.crop[0]} x {p.crop[1]}, {p.interpolation}",
+        typed["quiet"],
+    )
+    for text in report.notes:
         if not text.startswith("head."):  # the network's own head is not used
             note(f"{net.weights_from}: {text}", typed["quiet"])
     say(f"{net.name}, weights {net.weights_from}; scan kernel {kernel_name(net, device)}{level}", typed["quiet"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -121,12 +123,22 @@ def examples(*lines: str) -> str:
     return "Examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def without_dashes(word: str) -> SvpError | None:
-    """The error for `epochs=10`, as other programs have it, or None for any other word."""
+def without_dashes(word: str, ctx: click.Context) -> SvpError | None:
+    """The error for `epochs=10`, as other programs have it, with what this verb would take; None for any other word."""
     key, equals, value = word.partition("=")
     if not equals or not key.isidentifier():
         return None
-    return SvpError(f"{word} is not understood", f"use --{key.replace('_', '-')} {value}, or -r {key}={value}", "usage")
+    known = {name for p in ctx.command.params for name in p.opts}
+    flag = f"--{key.replace('_', '-')}"
+    forms = [f"{flag} {value}"] * (flag in known) + [f"-r {key}={value}"] * ("-r" in known)
+    return SvpError(
+        f"{word} is not understood", f"use {', or '.join(forms)}" if forms else f"{ctx.command_path} --help", "usage"
+    )
+
+
+def short_name(source: str) -> str:
+    """The end of a source as the name of a folder: "folder:photos/flowers/" -> "flowers"."""
+    return re.sub(r"[^\w.-]+", "-", Path(source.split(":", 1)[-1].rstrip("/\\") or source).name).strip(".") or "data"
 
 
 def say(text: str, quiet: bool = False) -> None:

@@ -76,6 +76,7 @@ def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, am
         "backbone": {
             "name": net.name, "weights": net.weights_from, "img_size": list(net.img_size),
             "overrides": dict(getattr(net, "overrides", {})), "kernel": net.kernel, "fingerprint": net.fingerprint(),
+            **({"pos_resize": net.pos_resize} if getattr(net, "pos_resize", "middle") != "middle" else {}),
         },
         "methods": [{"name": name, "options": dict(values)} for name, values in model.specs],
         "head": model.head_name,

@@ -79,11 +79,10 @@ class RunFolder:
                     path.rmdir()
 
     def _refuse_foreign(self) -> None:
-        names = sorted(p.name for p in self.path.iterdir())
-        strange = [name for name in names if name not in OURS and not name.startswith(".")]
-        if strange and CONFIG not in names:
+        names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+        if names and CONFIG not in names:  # a folder of the user's may hold a model/ too
             raise SvpError(
-                f"{self.path} holds other things ({strange[0]}) and is no run folder",
+                f"{self.path} holds other things ({names[0]}) and is no run folder",
                 "give a new folder with --out", "usage",
             )  # fmt: skip
 

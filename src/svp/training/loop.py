@@ -64,7 +64,6 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     compile: bool = False,
-    config: dict[str, Any] | None = None,
     report: Report | None = None,
     deterministic: bool = False,
     checkpoint_seconds: float = 60.0,
@@ -74,7 +73,6 @@ def fit(
     recipe    a Recipe, the name of a row or a YAML file; None: the row "default". Its lr None is the method's own.
     out       the run folder; None: nothing is written. A finished run there is read back instead of run again.
     resume    continue a half run, to the same numbers;  overwrite: start again
-    config    what else config.yaml shall say, for example the words of a command line
     report    called with events {"kind": "start" | "note" | "batch" | "epoch" | "end", …}
     checkpoint_seconds   at most so much work is lost to a kill
     The same seed gives the same numbers on the same machine, whatever `workers` is. The caller's random generators are
@@ -114,7 +112,7 @@ def fit(
         with contextlib.ExitStack() as stack:
             stack.enter_context(machine.determinism(deterministic))
             machine.forget_peak_memory(place)
-            finished = _open(folder, {**facts, **(config or {})}, resume, overwrite, team, stack)
+            finished = _open(folder, facts, resume, overwrite, team, stack)
             if finished is not None:
                 _read_back(model, folder)
                 return Run(folder.path if folder else None, finished)

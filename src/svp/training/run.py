@@ -96,7 +96,8 @@ class Run:
         cells = {
             "method": r["method"], "backbone": r["backbone"], "source": r["source"], "seed": str(r["seed"]),
             "trained": f"{r['trainable']['total']:,}", "epoch": f"{r['selected_epoch']}/{r['epochs']}",
-            "val": _percent(r["val_accuracy"]), "test": _percent(r["test_accuracy"]),
+            "val": _percent(r["val_accuracy"]),
+            "test (selected on test)" if r["selection"] == "test_best" else "test": _percent(r["test_accuracy"]),
             "time": f"{r['timing']['seconds']:.0f} s",
         }  # fmt: skip
         widths = {name: max(len(name), len(text)) for name, text in cells.items()}

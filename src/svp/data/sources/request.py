@@ -30,7 +30,7 @@ class Request:
 
     @property
     def reading(self) -> dict[str, object]:
-        return {"on_bad_image": "skip" if self.skip else "error", "max_pixels": self.max_pixels}
+        return {"on_bad_image": "skip" if self.skip else "error", "max_pixels": self.max_pixels, "seed": self.seed}
 
     def folder(self) -> Path:
         """The folder that is meant, or an error with its nearest existing parent."""
