@@ -1,4 +1,4 @@
-"""Adapt a pre-trained Vision Mamba, ViT or VMamba to your own pictures with Selective Visual Prompting."""
+"""Adapt a pre-trained Vision Mamba or ViT to your own pictures with Selective Visual Prompting."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from svp.backbones.base import Backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
-from svp.methods.base import Method, Several, options_of
+from svp.methods.base import Method, Several, options_of, parts_of
 from svp.preprocessing import Preprocessing
 from svp.registry import method_class
 
@@ -60,6 +60,7 @@ class AdaptedModel(nn.Module):
         self.specs, self.head_name = specs, head_name
         self.num_classes = method.num_classes
         self.preprocessing = method.preprocessing(backbone.preprocessing)
+        self._resizes = any(type(part).preprocessing is not Method.preprocessing for part in parts_of(method))
         self._classes: tuple[str, ...] | None = None
         self.task: dict[str, Any] = {}
         self.drop_path = 0.0
@@ -89,6 +90,7 @@ class AdaptedModel(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """images (b, 3, H, W) -> feature (b, d), the head's input."""
         rate = self.drop_path if self.training else 0.0
+        self.backbone.check_images(images, any_size=self._resizes)
         if self._disabled:
             with torch.no_grad():
                 return self.backbone.features(images)
@@ -139,10 +141,8 @@ class AdaptedModel(nn.Module):
     def labels(self) -> tuple[str, ...]:
         """The methods' names, or what they are called where they are adapted to this backbone."""
         site = self.backbone.site()
-        parts: list[Any] = list(self.method.parts.values()) if isinstance(self.method, Several) else [self.method]
-        return tuple(
-            type(part).label(site, part.opt) or name for (name, _), part in zip(self.specs, parts, strict=True)
-        )
+        parts = zip(self.specs, parts_of(self.method), strict=True)
+        return tuple(type(part).label(site, part.opt) or name for (name, _), part in parts)
 
     def summary(self) -> str:
         """What trains, where, how many numbers (peft: print_trainable_parameters)."""

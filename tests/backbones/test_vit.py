@@ -14,6 +14,7 @@ from svp.backbones import create, vit
 from svp.backbones.create import create_backbone, weights_file
 from svp.backbones.vit import Vit, published, renamed, tagged
 from svp.errors import SvpError
+from svp.seams import Seams
 
 CLIP = "vit_base_patch32_clip_quickgelu_224.openai"
 SIZES = dict(depth=2, embed_dim=64, num_heads=1, num_classes=12)
@@ -131,6 +132,52 @@ def test_the_first_file_that_is_there_is_taken(tmp_path, monkeypatch):
     assert asked == ["model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
     with pytest.raises(SvpError, match=r"a\.bin of one/two could not be fetched"):
         create.from_hub("one/two", "a.bin")
+
+
+@pytest.mark.parametrize(
+    "switches,part",
+    [
+        (dict(global_pool="avg", pool_include_prefix=True), "a mean over class tokens too"),
+        (dict(embed_norm_layer=torch.nn.LayerNorm), "a norm in its patch embedding"),
+        (dict(proj_drop_rate=0.1), "dropout of its own"), (dict(attn_drop_rate=0.1), "dropout of its own"),
+        (dict(drop_rate=0.1), "dropout of its own"), (dict(patch_drop_rate=0.1), "dropout of its own"),
+    ],
+)  # fmt: skip
+def test_parts_that_would_not_be_computed_are_refused(switches, part):
+    with pytest.raises(SvpError, match=part):
+        Vit("vit", embed_dim=16, depth=1, num_heads=2, patch_size=8, img_size=16, **switches)
+
+
+def test_a_new_head_reads_what_the_network_pools():
+    net = Vit("vit", embed_dim=16, depth=1, num_heads=2, patch_size=8, img_size=16, global_pool="avg")
+    net.reset_classifier(7, "avg")
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+    with pytest.raises(SvpError, match="global_pool 'token' is not offered"):
+        net.reset_classifier(7, "token")
+
+
+class Streams(Seams):
+    """The type of what enters each block."""
+
+    def __init__(self):
+        self.found = []
+
+    def block(self, tokens, i, run):
+        self.found.append(tokens.x.dtype)
+        return run(tokens)
+
+
+def test_the_stream_is_as_wide_as_timms_under_autocast():
+    """bfloat16 in the products, float32 between the blocks."""
+    net, plain = twins()
+    theirs, ours = [], Streams()
+    for block in plain.float().blocks:
+        block.norm1.register_forward_hook(lambda _m, x, _y: theirs.append(x[0].dtype))
+    images = torch.randn(2, 3, *net.img_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        plain(images)
+        net.float().features(images, ours)
+    assert theirs == ours.found == [torch.float32] * len(net.blocks)
 
 
 @pytest.mark.parametrize(

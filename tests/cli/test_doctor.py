@@ -52,7 +52,7 @@ def test_without_the_compiled_library_the_way_to_it_is_told(svp, monkeypatch):
     monkeypatch.setattr(native, "reason", native.NOT_BUILT)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     told = svp("doctor")
-    assert told.code == 0 and "library   absent: the C++ part was not built" in told.out
+    assert told.code == 0 and "library    absent: the C++ part was not built" in told.out
     assert "get it: " + doctor.GET_COMPILER.get(sys.platform, "install a C++17") in told.out
     assert "selective_scan  cpu     reference  answers" in told.out
 

@@ -7,12 +7,13 @@ from safetensors.torch import save_file
 from svp.backbones.create import create_backbone
 from svp.backbones.vit import Vit
 from svp.errors import SvpError
+from svp.methods.e2vpt import masked_count
 from svp.model import adapt, load
-from svp.training import loop
+from svp.training.evaluate import evaluate
 from svp.training.loop import fit
 from svp.training.optim import parameter_groups
 from svp.training.recipe import Recipe
-from training.small import splits
+from training.small import Crash, at_step, splits
 
 RECIPE = Recipe(epochs=1, batch_size=16, lr=1e-2, eval_batch_size=16)
 METHODS = {
@@ -85,12 +86,8 @@ def test_trains_and_comes_back(backbone, method, options, tmp_path):
     assert again.num_trainable(True) == model.num_trainable(True)
 
 
-class Crash(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method,step", [("e2vpt", 1), ("e2vpt", 3), ("damvp", 1), ("autovp", 2)])
-def test_a_killed_run_ends_in_the_same_numbers(method, step, tmp_path, monkeypatch):
+def test_a_killed_run_ends_in_the_same_numbers(method, step, tmp_path):
     data, recipe = splits(train=32, val=6, test=6), RECIPE.but(epochs=2 if method == "autovp" else 1)
 
     def model():
@@ -98,18 +95,13 @@ def test_a_killed_run_ends_in_the_same_numbers(method, step, tmp_path, monkeypat
 
     whole = model()
     fit(whole, data, recipe=recipe, out=tmp_path / "whole")
-    real = loop.Training.tell_step
 
-    def tell_step(self, *args):
-        real(self, *args)
-        if self.progress.total_steps == step:
-            self.save()
-            raise Crash
+    def save_and_crash(run):
+        run.save()
+        raise Crash
 
-    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
-    with pytest.raises(Crash):
+    with pytest.raises(Crash), at_step(step, save_and_crash):
         fit(model(), data, recipe=recipe, out=tmp_path / "half")
-    monkeypatch.setattr(loop.Training, "tell_step", real)
     half = model()
     fit(half, data, recipe=recipe, out=tmp_path / "half", resume=True)
     for (name, want), got in zip(whole.state_dict().items(), half.state_dict().values(), strict=True):
@@ -158,6 +150,97 @@ def test_clusters_are_found_kept_and_given(tmp_path):
     started = adapt(vit(), "damvp", num_classes=3, clusters=2, meta=str(tmp_path / "meta.safetensors"))
     fit(started, splits(train=8, val=6, test=6), recipe=RECIPE.but(lr=1e-9))
     assert torch.allclose(started.method.up, torch.ones(()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method,options", [("damvp", {}), ("e2vpt", dict(preset="published", num_tokens=4, kv_tokens=2))]
+)
+def test_what_training_fills_in_is_no_other_setting(method, options, tmp_path):
+    """A notebook that fits one model twice, or goes on with it after a stop, means the same run."""
+    model = adapt(vit(), method, num_classes=3, **options)
+    data = splits(train=16, val=6, test=6)
+
+    def stop(run):
+        run.save()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), at_step(2, stop):
+        fit(model, data, recipe=RECIPE.but(epochs=3), out=tmp_path / "run")
+    run = fit(model, data, recipe=RECIPE.but(epochs=3), out=tmp_path / "run", resume=True)
+    assert fit(model, data, recipe=RECIPE.but(epochs=3), out=tmp_path / "run").result == run.result
+
+
+def test_a_cluster_is_chosen_in_full_precision():
+    model = adapt(vit(), "damvp", num_classes=3, clusters=4).eval()
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    nearest = model.method.nearest
+    model.method.nearest = lambda feature: (chosen.append(feature), nearest(feature))[1]
+    with torch.no_grad():
+        model(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(images)
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("methods", [["vp", "damvp"], ["damvp", "vp"]], ids="+".join)
+def test_clusters_are_of_pictures_that_nobody_has_changed(methods):
+    model = adapt(vit(), [(m, dict(clusters=2) if m == "damvp" else {}) for m in methods], num_classes=3).eval()
+    seen = []
+    damvp = model.method.parts["damvp"]
+    damvp.nearest = lambda feature: (seen.append(feature), torch.zeros(len(feature), dtype=torch.long))[1]
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        model(images)
+        torch.testing.assert_close(seen[0], model.backbone.features(images))
+
+
+def test_places_drawn_in_evaluation_are_the_same_for_a_seed():
+    def scores():
+        model = adapt(vit(), ("vp", dict(preset="published", kind="random_patch", size=3)), num_classes=3)
+        return fit(model, splits(train=16, val=30, test=30), recipe=RECIPE.but(lr=3.0, epochs=2)).result, model
+
+    torch.manual_seed(5)
+    (first, model), state = scores(), torch.get_rng_state()
+    (second, _) = scores()
+    for key in ("val_accuracy", "test_accuracy", "test_ece"):
+        assert first[key] == second[key]
+    evaluate(model, splits(), "val")
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_shares_of_tokens_are_not_rounded_to_whole_per_cent():
+    assert masked_count(8, 0.125, 1) == 1 and masked_count(16, 0.125, 4) == 2 and masked_count(10, 0.3, 1) == 3
+    assert masked_count(4, 1.0, 1) == 3
+
+
+@pytest.mark.parametrize(
+    "method,options,reason",
+    [
+        ("insvp", dict(position="post"), "attention knows no order"), ("insvp", dict(vim_deep="add"), "is of the running sum"),
+        ("vpt", dict(vim_deep="add"), "is of the running sum"), ("spt", dict(vim_deep="hidden_only"), "is of the running sum"),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_vim_is_refused_on_a_vit(method, options, reason):
+    with pytest.raises(SvpError, match=reason):
+        adapt(vit(), method, num_classes=3, **options)
+
+
+@pytest.mark.parametrize("switches", [dict(reg_tokens=2), dict(global_pool="avg")], ids=str)
+def test_a_branch_that_counts_its_tokens_knows_them_all(switches):
+    net = Vit("vit", embed_dim=16, depth=2, num_heads=2, patch_size=8, img_size=16, **switches)
+    with pytest.raises(SvpError, match="has others"):
+        adapt(net, "svp", num_classes=3, hidden=4, add_to="branch", gen_input="normed")
+    assert adapt(net, "svp", num_classes=3, hidden=4)(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("method", ["vp", "damvp", "linear", "ilm_vp", "autovp"])
+@pytest.mark.parametrize("shape", [(2, 1, 16, 16), (3, 16, 16), (2, 16, 16, 3)], ids=str)
+def test_pictures_of_another_form_are_refused_before_a_frame_is_put_on_them(method, shape):
+    model = adapt(vit(), method, num_classes=3)
+    with pytest.raises(SvpError, match=r"expected \(b, 3, 16, 16\)"):
+        model(torch.rand(shape))
 
 
 def test_a_map_by_frequency_follows_what_the_network_says():

@@ -14,11 +14,10 @@ from svp.methods.base import options_of
 from svp.model import adapt, load
 from svp.registry import method_class
 from svp.seams import Seams
-from svp.training import loop
 from svp.training.loop import fit
 from svp.training.optim import parameter_groups
 from svp.training.recipe import Recipe
-from training.small import RECIPE, splits
+from training.small import RECIPE, crash_at, splits
 from training.small import model as small_model
 
 
@@ -462,29 +461,16 @@ def test_sdt_trains_in_two_phases(images):
         assert torch.equal(other(images), model(images))
 
 
-class Crash(Exception):
-    pass
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("crash_at", [3, 9])  # in the warm-up, and after the choice
-def test_sdt_in_a_whole_run_that_is_resumed(crash_at, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [3, 9])  # in the warm-up, and after the choice
+def test_sdt_in_a_whole_run_that_is_resumed(step, tmp_path):
     options = dict(freeze_channels=0.8, freeze_states=0.5, warmup_epochs=2)
     recipe = RECIPE.but(epochs=2, lr=3e-2)
     whole = small_model("sdt", **options)
     assert fit(whole, splits(), recipe=recipe).result["epochs"] == 4
     assert any(p.any() for p in whole.method.A) and not len(whole.method.warm)
-    real = loop.Training.tell_step
-
-    def tell_step(self, *args):
-        real(self, *args)
-        if self.progress.total_steps == crash_at:
-            raise Crash
-
-    monkeypatch.setattr(loop.Training, "tell_step", tell_step)
-    with pytest.raises(Crash):
+    with crash_at(step):
         fit(small_model("sdt", **options), splits(), recipe=recipe, out=tmp_path, checkpoint_seconds=0)
-    monkeypatch.setattr(loop.Training, "tell_step", real)
     resumed = small_model("sdt", **options)
     fit(resumed, splits(), recipe=recipe, out=tmp_path, resume=True)
     for (name, a), (_, b) in zip(resumed.state_dict().items(), whole.state_dict().items(), strict=True):

@@ -103,8 +103,9 @@ class Backbone(nn.Module):
             w.update(changed)
         return w
 
-    def check_images(self, images: Tensor) -> None:
-        """One sentence for a tensor that is not (b, 3, H, W) of this backbone's size."""
+    def check_images(self, images: Tensor, any_size: bool = False) -> None:
+        """One sentence for a tensor that is not (b, 3, H, W) of this backbone's size, or of any."""
+        size = self.img_size
         if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             channels_last = isinstance(images, Tensor) and images.dim() == 4 and images.shape[3] == 3
@@ -113,13 +114,11 @@ class Backbone(nn.Module):
                 if channels_last
                 else "stack pictures: torch.stack([...])"
             )
-            raise SvpError(f"images are {shape}, expected (b, 3, {self.img_size[0]}, {self.img_size[1]})", hint)
-        if tuple(images.shape[2:]) != self.img_size:
+            raise SvpError(f"images are {shape}, expected (b, 3, {size[0]}, {size[1]})", hint)
+        if not any_size and tuple(images.shape[2:]) != size:
             h, w = images.shape[2:]
-            hint = f'create_backbone("{self.name}", img_size=({h}, {w})), or resize the pictures to {self.img_size}'
-            raise SvpError(
-                f"images are {h} x {w} pixels, this {self.name} takes {self.img_size[0]} x {self.img_size[1]}", hint
-            )
+            hint = f'create_backbone("{self.name}", img_size=({h}, {w})), or resize the pictures to {size}'
+            raise SvpError(f"images are {h} x {w} pixels, this {self.name} takes {size[0]} x {size[1]}", hint)
         if not images.is_floating_point():
             dtype = str(images.dtype).removeprefix("torch.")
             raise SvpError(
@@ -192,9 +191,10 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of random weights; 0 classes: none. Vim's feature is its class token: global_pool must agree."""
-        if global_pool not in (None, "", "token"):
-            raise SvpError(f"global_pool {global_pool!r} is not offered by {self.name}", 'use "token"', kind="usage")
+        """A new head of random weights; 0 classes: none. The feature stays what it is: global_pool must agree."""
+        pool = "token" if self.cls_positions else "avg"
+        if global_pool not in (None, "", pool):
+            raise SvpError(f"global_pool {global_pool!r} is not offered by {self.name}", f'use "{pool}"', kind="usage")
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if num_classes:

@@ -77,8 +77,9 @@ class Vit(Backbone):
         """Pictures (b, 3, H, W) -> prefix tokens, then patches, with positions."""
         x = F.conv2d(images, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), self.patch_size)
         x = x.flatten(2).transpose(1, 2)  # (b, h*w, d)
-        prefix = [w[t].expand(len(x), -1, -1).to(x.dtype) for t in ("cls_token", "reg_token") if t in w]
-        positions = w["pos_embed"].to(x.dtype)
+        # under autocast the stream is as wide as its tables, as timm has it: the convolution alone is narrow
+        prefix = [w[t].expand(len(x), -1, -1) for t in ("cls_token", "reg_token") if t in w]
+        positions = w["pos_embed"]
         if self.positions_of_prefix:
             x = torch.cat([*prefix, x], dim=1) + positions
         else:
@@ -317,6 +318,14 @@ def _refuse(name: str, net: Any) -> None:
         strange = next(type(block).__name__ for block in net.blocks if type(block) is not TimmBlock)
     elif net.global_pool not in ("token", "avg") or net.attn_pool is not None:
         strange = f"pooling '{net.global_pool}'"
+    elif net.global_pool == "avg" and net.pool_include_prefix:
+        strange = "a mean over class tokens too"
+    elif not isinstance(net.patch_embed.norm, nn.Identity):
+        strange = "a norm in its patch embedding"
+    elif any(part.p for part in net.modules() if isinstance(part, nn.Dropout)) or (
+        net.patch_drop is not None and not isinstance(net.patch_drop, nn.Identity)
+    ):
+        strange = "dropout of its own"
     elif net.pos_embed is None:
         strange = "no position table"
     plain: list[Any] = [] if strange else list(net.blocks)

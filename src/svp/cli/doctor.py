@@ -282,7 +282,7 @@ def show(found: dict[str, Any]) -> None:
     if "library" in found:
         rows += library_rows(found["library"])
         rows.append(("weights", f"in the package: {', '.join(found['weights']) or 'none'}"))
-    click.echo("\n".join(f"{name:<10}{text}" for name, text in rows))
+    click.echo("\n".join(f"{name:<11}{text}" for name, text in rows))
     if "kernels" in found:
         click.echo("\n" + columns(["op", "device", "kernel", ""], [
             [r["op"], r["device"], r["kernel"], "answers" if r["chosen"] else r["reason"] or "can answer, if named with --kernel"]

@@ -43,10 +43,10 @@ class AutoVP(Method):
               before every `interval`-th epoch; semantic: by CLIP's embeddings of the names of ImageNet's classes and ours;
               each class reads the mean of `num_map` source logits
     Pictures that come at another size are resized first.
-    Ours: away from 224 pixels, 128 becomes round(128 side / 224).
+    Ours: away from 224 pixels, 128 becomes round(128 side / 224); smaller pictures are made larger.
     Left out: the search over these options that gives the method its name, which is a study over runs; automatic precision
     without loss scaling and selection on test, as the released code has them, which are no matter of the method; its pull
-    of a mapping of texts towards its start, which is off by default there.
+    of a mapping of texts towards its start, which is off by default there; a mapping drawn at random (`ilm_vp` has it: rlm).
     Source: arXiv 2310.08381; repository IBM/AutoVP, auto_vp/programs.py.
     """
 
@@ -111,7 +111,7 @@ class AutoVP(Method):
     def preprocessing(self, p):
         if self.on_clip:
             return p
-        size = self.given()
+        size = self.input_side()
         return p.but(crop=(size, size), exact=True, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     def make_head(self, site, num_classes):
@@ -139,14 +139,14 @@ class AutoVP(Method):
 
     def resized(self, images: Tensor) -> Tensor:
         """The picture in its place and size, zeros around."""
-        images = padded(fitted(images, self.given()), self.side)
+        images = padded(fitted(images, self.input_side()), self.side)
         if not self.opt.learnable:
             return images
         at = torch.linspace(-1, 1, self.side, device=images.device, dtype=images.dtype) / self.scale.to(images.dtype)
         grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1).expand(len(images), -1, -1, -1)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
-    def given(self) -> int:
+    def input_side(self) -> int:
         """Pixels of a picture as `preprocessing` makes it."""
         return self.base if self.opt.learnable else int(self.base * self.opt.scale)
 

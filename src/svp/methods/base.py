@@ -53,7 +53,7 @@ class Method(Seams, nn.Module):
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
-        self.opt = opt
+        self.opt = self.given = opt  # training may fill in what was left to it
         self.num_classes = num_classes
 
     @classmethod
@@ -98,6 +98,11 @@ class Method(Seams, nn.Module):
         """These weights, in force, with what the method does beside or before layers in them; None: it does what is no weight."""
         beyond = any(self.acts(seam) for seam in ("network", "block", "branch", "beside", "memory"))
         return None if beyond else weights
+
+
+def parts_of(method: Method) -> list[Method]:
+    """The methods that act together, in the order of their names; of one alone itself."""
+    return list(method.parts.values()) if isinstance(method, Several) else [method]  # type: ignore[arg-type]
 
 
 def options_of(cls: type[Method], values: dict[str, Any], name: str) -> Any:

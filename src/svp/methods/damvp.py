@@ -86,7 +86,8 @@ class DAMVP(Method):
         frames = framed(*(getattr(self, part) for part in FRAME)).to(images.dtype)  # (m, 3, H, W)
         if len(frames) == 1:
             return images + frames
-        return images + frames[self.nearest(run.frozen(images))]
+        with torch.autocast(images.device.type, enabled=False):  # a cluster is no matter of rounding
+            return images + frames[self.nearest(run.frozen(images))]
 
     def nearest(self, feature: Tensor) -> Tensor:
         """feature (b, d) -> (b,) the cluster of each picture."""
@@ -98,8 +99,8 @@ class DAMVP(Method):
         like = self.prototypes
         index = torch.randperm(run.size("train"), generator=run.generator)[: self.opt.sample]
         found = [run.features(images) for images, _, _ in run.batches("train", augment=True, index=index)]
-        rows = torch.cat(found).double().cpu()
-        labels, threshold = partition(rows, self.opt)
+        rows = torch.cat(found).cpu().double()
+        labels, threshold = partition(rows, self.given)
         count = int(labels.max()) + 1
         self.make_frames(count)
         self.to(like.device, like.dtype)

@@ -29,8 +29,8 @@ class E2VPT(VPT):
     training starts from newly drawn prompts instead of the first ones. The head is rewound to its start in both.
     Ours: on Vim, which has no keys and values, the prompts and masks alone are left (label "e2vpt_in"); the score is the mean
     over evaluation batches of training pictures, not augmented.
-    Left out: the search over the shares that go, which is a study over runs; prompts in queries and one table for all blocks,
-    which are ablations of the released code.
+    Left out: the search over the shares that go, which is a study over runs; prompts in queries, one table for all blocks,
+    scores divided by the token's and other starts of the prompts, which are ablations of the released code.
     Source: arXiv 2307.13770; repository ChengHan111/E2VPT, vit_prompt/vit_prompt_VK.py and engine/trainer.py.
     """
 
@@ -55,7 +55,9 @@ class E2VPT(VPT):
 
     PRESETS = {"published": dict(segments="interleaved", masks_train=True, score="signed", rewind_init="fresh")}
     paper = "arXiv 2307.13770 (ICCV 2023)"
-    params_formula = "VPT + depth m d (twice if not shared; ViT only), m = kv_tokens; masks_train: + T + T pieces"
+    params_formula = (
+        "VPT + depth m d (deep=false: m d; twice if not shared; ViT only), m = kv_tokens; masks_train: + T + T pieces"
+    )
 
     @classmethod
     def unfit(cls, site, opt):
@@ -109,6 +111,10 @@ class E2VPT(VPT):
         return [Phase(recipe, self.remember), Phase(recipe, self.prune)]
 
     def remember(self, run):
+        if self.opt.masks:
+            self.opt = dataclasses.replace(self.opt, masks_train=self.given.masks_train)
+            for mask in (self.token_mask, self.piece_mask):
+                mask.requires_grad_(self.opt.masks_train)
         self.start = {name: t.detach().clone() for name, t in run.model.state_dict().items()}
 
     def prune(self, run):
@@ -146,7 +152,7 @@ class E2VPT(VPT):
 
 def masked_count(count: int, share: float, kept: int) -> int:
     """How many of `count` are masked at a share, at least `kept` being left."""
-    return min(count * round(100 * share) // 100, max(count - kept, 0))
+    return min(math.floor(count * share + 1e-9), max(count - kept, 0))
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

@@ -34,4 +34,4 @@ class Full(Method):
 
 
 def _undecayed(name: str) -> bool:
-    return name.rsplit(".")[-1] in ("pos_embed", "cls_token", "cls_token_head", "cls_token_tail")
+    return name.rsplit(".")[-1] in ("pos_embed", "cls_token", "reg_token", "cls_token_head", "cls_token_tail")

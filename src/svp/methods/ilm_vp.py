@@ -34,7 +34,7 @@ class ILMVP(Method):
     out of the map and breaks; here every class has its source.
     On CLIP's picture side the sources are texts, 81 for each class, each "a photo of a NAME" in other words; the released
     code has additive prompts there (`preset="clip"`).
-    Ours: sizes away from 224 pixels are in proportion.
+    Ours: sizes away from 224 pixels are in proportion; smaller pictures are made larger (`preset="low_shot"`: they are not).
     Source: arXiv 2211.11635; repository OPTML-Group/ILM-VP, models/visual_prompt.py and algorithms/.
     """
 
@@ -51,7 +51,7 @@ class ILMVP(Method):
 
     PRESETS = {"low_shot": dict(size=32), "clip": dict(prompt="additive")}
     paper = "arXiv 2211.11635 (CVPR 2023)"
-    params_formula = "3 side², of which the frame acts: 3 (side² - size²)"
+    params_formula = "3 side², of which the frame acts: 3 (side² - size²), additive: 3 (side² - (side - 2 width)²)"
     default_lr = 1e-2
     order = -2
 

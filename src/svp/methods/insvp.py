@@ -22,7 +22,7 @@ class InsVP(VPT):
     local   every patch through two layers, the same for all;  global: two wide convolutions over the picture
     tokens  three convolutions make T tokens of the picture, added to each block's own prompts (start: uniform in -1…1)
     Released code never gives the token network to the optimiser (preset "published": it keeps its random start), and
-    draws its dropout anew for every block; `token_once` computes it once a pass, as evaluation does.
+    draws its dropout anew for every block; `token_once` computes it once a pass, as evaluation does: ours, and faster.
     Ours: widths other than 768 take T d / cells channels at the end of the token network; away from 224 pixels its map is
     pooled to the patch grid; where tokens cannot be inserted the picture's part acts alone (label "insvp_image").
     Source: Liu et al., ACM MM 2024; repository zhoujiahuan1991/MM2024-InsVP, models/InstanceVPD.py and tokenPrompt.py.
@@ -63,7 +63,7 @@ class InsVP(VPT):
             return "kernels are two odd sizes, token_kernels three"
         if any(side % site.patch_size for side in site.img_size):
             return f"pictures of {site.img_size} pixels are not made of whole patches of {site.patch_size}"
-        return super().unfit(site, opt) if opt.tokens else None
+        return super().unfit(site, opt) if has_tokens(site, opt) else None
 
     @classmethod
     def label(cls, site, opt):
@@ -113,7 +113,7 @@ class InsVP(VPT):
 
 
 def has_tokens(site, opt) -> bool:
-    return VPT.unfit(site, opt) is None if opt.tokens is None else opt.tokens
+    return len({block.width for block in site.blocks}) == 1 if opt.tokens is None else opt.tokens
 
 
 class TokenNet(nn.Module):

@@ -91,7 +91,7 @@ class SPT(VPT):
 
     def rows(self, size: int, count: int, i: int, run) -> Tensor:
         """Which rows of block i's pool are drawn, without replacement."""
-        return torch.randperm(size, generator=run.generator)[:count]
+        return torch.randperm(size, generator=run.generator)[:count].clone()  # without the rest, which may be millions
 
     def collected(self, run, site, pictures: Tensor, rows: list[Tensor], each: int) -> list[Tensor]:
         """The tensors of the drawn rows, (len(rows[i]), d) for each block: pooled rows lie by window, tokens by picture."""
@@ -141,5 +141,5 @@ def k_means(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     from sklearn.cluster import KMeans
 
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    fitted = KMeans(min(count, len(rows)), n_init=1, max_iter=300, random_state=seed).fit(rows.double().cpu().numpy())
+    fitted = KMeans(min(count, len(rows)), n_init=1, max_iter=300, random_state=seed).fit(rows.cpu().double().numpy())
     return torch.from_numpy(fitted.cluster_centers_).to(rows)

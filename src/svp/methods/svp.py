@@ -86,6 +86,8 @@ class SVP(Method):
             return f"layer {outside[0]} is out of range: {site.name} has blocks 0…{depth - 1}"
         if opt.add_to == "branch" and (opt.gen_input == "hidden" or opt.cross_source == "first_half"):
             return 'add_to "branch" needs gen_input "sum" or "normed" and cross_source "token"'
+        if opt.add_to == "branch" and ("reg_token" in site.weights or ("cls_token" in site.weights and not site.cls)):
+            return f'add_to "branch" knows patches and class tokens that are read, {site.name} has others'
         if opt.cross_source == "first_half":
             patches = site.grid[0] * site.grid[1]
             if site.cls != (patches // 2,) or patches % 2:

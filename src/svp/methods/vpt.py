@@ -51,6 +51,8 @@ class VPT(Method):
     def unfit(cls, site, opt):
         if "attn" in site.blocks[0].kinds and opt.position != "pre":
             return f'attention knows no order of tokens: position "{opt.position}" means the same as "pre"'
+        if "attn" in site.blocks[0].kinds and opt.vim_deep != "replace":
+            return f'vim_deep "{opt.vim_deep}" is of the running sum between the blocks of a Vim'
         if opt.position.startswith("middle") and len(site.cls) != 1:
             return f'position "{opt.position}" needs one class token, {site.name} has {len(site.cls)}'
         if len({block.width for block in site.blocks}) > 1:

@@ -72,12 +72,13 @@ def baseline(label: str, accuracy: float, split: str = "test") -> Line:
 def cells(line: Line) -> dict[str, str]:
     """What the table shows of a line, by column."""
     half = line.half_width
+    val = {"val %": f"{100 * statistics.fmean(line.val_accuracy):.1f}" if line.val_accuracy else "-"}
     return {
         "method": line.label,
         "trained": "-" if line.trained is None else f"{line.trained:,}",
         f"{line.split} %{' (selected on test)' if line.select == 'test_best' else ''}": f"{100 * line.mean:.1f}"
         + (f" ± {100 * half:.1f}" if half is not None else ""),
-        "val %": f"{100 * statistics.fmean(line.val_accuracy):.1f}" if line.val_accuracy else "-",
+        **(val if line.split != "val" else {}),
         "images/s": "-" if line.images_per_second is None else f"{line.images_per_second:,.0f}",
         "memory": "-" if line.memory_bytes is None else f"{line.memory_bytes / 2**20:,.0f} MiB",
         "time": "-" if line.seconds is None else f"{line.seconds:,.0f} s",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svp.errors import SvpError
-from svp.training.feed import Batch, evaluation_feed, my_batches, prepared
+from svp.training.feed import Batch, chance, evaluation_feed, my_batches, prepared
 from svp.training.machine import Amp, Team, autocast, default_workers, device_named, precision
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def evaluate(
         default_workers(place) if workers is None else workers,
     )
     used = precision(amp, None, place)
-    logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)
+    with chance(place, 0):
+        logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)
     return score(logits, labels, splits.classes, split)
 
 

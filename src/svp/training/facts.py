@@ -12,7 +12,7 @@ from svp.backbones.base import Backbone
 from svp.data import kept
 from svp.data.splits import Splits
 from svp.errors import SvpError
-from svp.methods.base import Method, Several
+from svp.methods.base import Method, parts_of
 from svp.model import AdaptedModel
 from svp.training import machine
 from svp.training.checkpoint import Progress
@@ -23,9 +23,7 @@ from svp.training.recipe import Recipe
 
 def default_lr(method: Method) -> float:
     """The learning rate of our own recipe for this method; of several that act together the smallest."""
-    if isinstance(method, Several):
-        return min(default_lr(part) for part in method.parts.values())  # type: ignore[arg-type]
-    return type(method).default_lr
+    return min(type(part).default_lr for part in parts_of(method))
 
 
 def check(data: Splits, recipe: Recipe) -> None:
@@ -78,7 +76,10 @@ def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, am
             "overrides": dict(getattr(net, "overrides", {})), "kernel": net.kernel, "fingerprint": net.fingerprint(),
             **({"pos_resize": net.pos_resize} if getattr(net, "pos_resize", "middle") != "middle" else {}),
         },
-        "methods": [{"name": name, "options": dict(values)} for name, values in model.specs],
+        "methods": [
+            {"name": name, "options": dataclasses.asdict(part.given)}
+            for (name, _), part in zip(model.specs, parts_of(model.method), strict=True)
+        ],
         "head": model.head_name,
         "recipe": dataclasses.asdict(recipe),
         "lr_used": recipe.base_lr,

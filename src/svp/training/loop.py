@@ -18,8 +18,8 @@ from svp.data.sources import open_data
 from svp.data.sources.checks import upscale_note
 from svp.data.splits import Splits
 from svp.errors import SvpError
-from svp.methods.base import Method, Phase, Several
-from svp.model import AdaptedModel, load
+from svp.methods.base import Method, Phase, parts_of
+from svp.model import AdaptedModel, adapt, load
 from svp.options import changed
 from svp.training import checkpoint, machine
 from svp.training.checkpoint import Progress, Snapshot
@@ -156,6 +156,8 @@ class Training:
         """Train all phases, select an epoch, measure test; the content of result.json."""
         snapshot = self.find_snapshot() if resume else None
         first = snapshot.progress.phase if snapshot else 0
+        if snapshot and 0 in snapshot.entries:
+            self.go_back(snapshot.entries[0])
         phases = self.method.phases(self.recipe)
         self.epochs = sum(phase.recipe.epochs for phase in phases)
         self.tell("start", **self.facts, epochs=self.epochs, sizes=self.data.sizes, resumed=snapshot is not None)
@@ -360,9 +362,10 @@ class Training:
             )
         forward = self.model.head if isinstance(self.feeds[name], FeatureFeed) else None
         batches = self.feeds[name](my_batches(len(split), self.recipe.eval_batch_size, self.team))
-        logits, labels = predictions(
-            self.model, batches, self.team, self.device, self.amp, forward, between=self.stop_if_asked
-        )
+        with chance(self.device, self.seed):  # a published method draws in evaluation too
+            logits, labels = predictions(
+                self.model, batches, self.team, self.device, self.amp, forward, between=self.stop_if_asked
+            )
         return score(logits, labels, self.data.classes, name)
 
     def caches_features(self) -> bool:
@@ -410,6 +413,18 @@ class Training:
             phase.begin(self.handle)
         self.model.specs = [(name, opt) for (name, _), opt in zip(self.model.specs, _options(self.method), strict=True)]
         self.model.probe(self.seed)
+
+    def go_back(self, entry: checkpoint.State) -> None:
+        """The method as it was given, where an earlier piece of this run has changed its sizes in this very model."""
+        if _shapes(entry) == _shapes(self.model.state_dict()):
+            return
+        model, parts = self.model, parts_of(self.method)
+        specs = [(name, dataclasses.asdict(part.given)) for (name, _), part in zip(model.specs, parts, strict=True)]
+        head = model.head if model.head_name == "module" else model.head_name
+        fresh = adapt(
+            model.backbone, specs, num_classes=model.num_classes, head=head, classes=model.classes, probe=False
+        )
+        model.method, model.head, model.specs, self.method = fresh.method, fresh.head, fresh.specs, fresh.method
 
     def replay(self, index: int, phase: Phase, snapshot: Snapshot | None) -> None:
         """A phase that was over before the checkpoint: only what its `begin` made."""
@@ -572,8 +587,7 @@ def _read_back(model: AdaptedModel, folder: RunFolder | None) -> None:
     """The selected epoch's tensors of a finished run, into the model."""
     assert folder is not None
     state = folder.model_tensors()
-    own = {name: t.shape for name, t in model.state_dict().items()}
-    if own == {name: t.shape for name, t in state.items()}:
+    if _shapes(model.state_dict()) == _shapes(state):
         model.load_state_dict(state)
     else:  # a phase has changed sizes
         found = load(folder.path, backbone=model.backbone)
@@ -581,9 +595,12 @@ def _read_back(model: AdaptedModel, folder: RunFolder | None) -> None:
     model.eval()
 
 
+def _shapes(state: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in state.items()}
+
+
 def _options(method: Method) -> list[dict[str, Any]]:
-    parts = list(method.parts.values()) if isinstance(method, Several) else [method]
-    return [dataclasses.asdict(part.opt) for part in parts]  # type: ignore[arg-type, call-overload]
+    return [dataclasses.asdict(part.opt) for part in parts_of(method)]
 
 
 def _silent(event: dict[str, Any]) -> None:

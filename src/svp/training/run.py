@@ -39,7 +39,7 @@ class RunHandle:
     def batches(self, split: str = "train", augment: bool = False, index: Tensor | None = None) -> Iterator[Batch]:
         """(images (b, 3, H, W), labels (b,), index (b,)) of a split, on the device; augment: as in training.
 
-        All pictures in order, of several processes each its part; or those of `index` in its order, in every process.
+        All pictures in order, or those of `index` in its order; in every process.
         """
         key = split, augment
         if key not in self._feeds:
