@@ -1,11 +1,25 @@
-"""Packages that only some features need."""
+"""What is installed: versions, and packages that only some features need."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
 from svp.errors import SvpError
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, read without importing anything; None: absent."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def own_version() -> str:
+    """That of this package, or "source" where it is only on the path."""
+    return version("svp-vision") or "source"
 
 
 def need(package: str, *, extra: str, why: str) -> ModuleType:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from svp.backbones.base import Backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
+from svp.extras import own_version
 from svp.methods.base import Method, Several, options_of, parts_of
 from svp.preprocessing import Preprocessing
 from svp.registry import method_class
+from svp.seams import SEAMS
 
 FORMAT = 1  # of a saved adapter
 HEADS = ("linear", "two_linear")
@@ -80,7 +82,7 @@ class AdaptedModel(nn.Module):
     @classes.setter
     def classes(self, names: Sequence[str] | None) -> None:
         if names is not None and len(names) != self.num_classes:
-            raise SvpError(f"{len(names)} class names were given for num_classes {self.num_classes}", kind="usage")
+            raise _miscounted(names, self.num_classes)
         self._classes = None if names is None else tuple(names)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class AdaptedModel(nn.Module):
     @property
     def frozen_features(self) -> bool:
         """Whether nothing between the pictures and the head is changed: features may be computed once."""
-        return not any(self.method.acts(seam) for seam in ("network", "block", "branch", "weights", "beside", "memory"))
+        return not any(self.method.acts(seam) for seam in SEAMS)
 
     @contextmanager
     def disabled(self) -> Iterator[AdaptedModel]:
@@ -252,7 +254,7 @@ class AdaptedModel(nn.Module):
         net = self.backbone
         return {
             "format": FORMAT,
-            "svp_version": version("svp-vision"),
+            "svp_version": own_version(),
             "torch_version": str(torch.__version__),
             "methods": [{"name": name, "options": _plain(values)} for name, values in self.specs],
             "head": self.head_name,
@@ -323,9 +325,9 @@ def adapt(
     Raises SvpError for an unknown method or option, one that cannot act on this backbone, or tensors without effect.
     """
     if not isinstance(num_classes, int) or num_classes < 2:
-        raise SvpError(f"num_classes is {num_classes}, expected at least 2", kind="usage")
+        raise SvpError(f"num_classes is {num_classes}, expected at least 2", "num_classes=data.num_classes", "usage")
     if classes is not None and len(classes) != num_classes:
-        raise SvpError(f"{len(classes)} class names were given for num_classes {num_classes}", kind="usage")
+        raise _miscounted(classes, num_classes)
     specs = _specs(method, options)
     site = backbone.site()
     with _SEEDING, torch.random.fork_rng(devices=[]):
@@ -380,7 +382,7 @@ def load(
     try:
         if config["format"] > FORMAT:
             raise SvpError(
-                f"{folder} was written by svp {config['svp_version']}, this is {version('svp-vision')}",
+                f"{folder} was written by svp {config['svp_version']}, this is {own_version()}",
                 "pip install -U svp-vision",
                 "artefact",
             )
@@ -601,16 +603,6 @@ def read_json(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
     return value
 
 
-def version(distribution: str) -> str:
-    """The installed version, or "source" when the package is only on the path."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
-
-
 def model_card(model: AdaptedModel, card: str) -> str:
     """README.md of a saved adapter, with the front matter that Hugging Face tools show."""
     net = model.backbone
@@ -626,6 +618,11 @@ def model_card(model: AdaptedModel, card: str) -> str:
         '```python\nimport svp\nmodel = svp.load("this-folder")\nmodel.predict(["picture.jpg"])\n```\n'
         + (f"\n{card}\n" if card else "")
     )
+
+
+def _miscounted(names: Sequence[str], num_classes: int) -> SvpError:
+    problem = f"{len(names)} class names were given for num_classes {num_classes}"
+    return SvpError(problem, "one name for each class, in the order of their labels", "usage")
 
 
 def _specs(method: MethodSpec | Sequence[MethodSpec], options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

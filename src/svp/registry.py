@@ -84,8 +84,9 @@ def _entries(room: Room) -> dict[str, Entry]:
     for point in importlib.metadata.entry_points(group=f"svp.{room.folder}"):
         if point.name in found:
             raise SvpError(
-                f"the {room.kind} '{point.name}' of {point.value} has the name of a built-in one", kind="env"
-            )
+                f"the {room.kind} '{point.name}' of {point.value} has the name of a built-in one",
+                f"pip uninstall {point.value.partition('.')[0]}, or another name in its pyproject.toml", "env",
+            )  # fmt: skip
         found[point.name] = Entry(point.name, point.value, f"from {point.value}", point)
     return found
 

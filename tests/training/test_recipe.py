@@ -77,7 +77,7 @@ def test_a_recipe_survives_its_file(tmp_path):
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path, monkeypatch, text, said):
-    monkeypatch.setattr("svp.model.version", lambda name: "0.1.0")
+    monkeypatch.setattr("svp.extras.version", lambda name: "0.1.0")
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(SvpError) as err:

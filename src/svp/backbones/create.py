@@ -109,7 +109,11 @@ def weights_file(name: str, weights: str) -> Path:
         owner, _, rest = weights[3:].partition("/")
         repository, _, file = rest.partition("/")
         if not owner or not repository:
-            raise SvpError(f"weights '{weights}' is not hf:OWNER/NAME or hf:OWNER/NAME/FILE", "", "usage")
+            raise SvpError(
+                f"weights '{weights}' is not hf:OWNER/NAME or hf:OWNER/NAME/FILE",
+                "hf:hustvl/Vim-small-midclstok",
+                "usage",
+            )
         return from_hub(f"{owner}/{repository}", file or "model.safetensors")
     if weights in ("none", "random"):
         raise SvpError(f"the checkpoint {weights} does not exist", "leave weights out for random ones", "artefact")

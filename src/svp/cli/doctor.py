@@ -18,6 +18,7 @@ import click
 
 from svp.cli.words import JSON, Page, columns, examples
 from svp.errors import SvpError
+from svp.extras import own_version, version
 
 CORE = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "pyyaml", "click", "rich", "scikit-learn", "matplotlib", "pyarrow")  # fmt: skip
 EXTRAS = {"clip": ("open_clip",)}
@@ -94,17 +95,10 @@ def examine() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Of the packages as they are installed, without importing them; None: absent."""
     return {
-        "svp": version("svp-vision") or "source",
+        "svp": own_version(),
         "python": platform.python_version(),
         **{name: version(name) for name in CORE},
     }
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def built(name: str) -> str:
@@ -188,6 +182,8 @@ def get_kernels() -> str:
 
 
 def machine() -> dict[str, Any]:
+    from svp.data.kept import memory_bytes
+
     return {"system": f"{platform.system()} {platform.release()}", "cpu": cpu_name(), "architecture": platform.machine(),
             "memory_bytes": memory_bytes()}  # fmt: skip
 
@@ -212,13 +208,6 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import click
 
 from svp.cli.words import without_dashes
 from svp.errors import SvpError
+from svp.extras import version
 
 VERBS = {
     "train": "Adapt a backbone to your pictures; ends in a table.",
@@ -62,12 +63,8 @@ class Verbs(click.Group):
 
 def show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            click.echo(f"svp {version('svp-vision')}")
-        except PackageNotFoundError:
-            click.echo("svp, from source")
+        found = version("svp-vision")
+        click.echo(f"svp {found}" if found else "svp, from source")
         ctx.exit()
 
 
@@ -189,20 +186,11 @@ def broken_install(err: Exception, is_debug: bool) -> int:
     if isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("svp"):
         problem = f"the package {err.name} is not installed"
     elif "torchvision::" in str(err):  # an operator that the other version does not have
-        problem = f"torch {installed('torch')} and torchvision {installed('torchvision')} do not belong together"
+        problem = f"torch {version('torch')} and torchvision {version('torchvision')} do not belong together"
         return said(problem, "pip install -U torch torchvision; svp doctor tells more", 1, is_debug)
     else:
         return 0
     return said(problem, "svp doctor tells versions and the cure", 1, is_debug)
-
-
-def installed(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(missing)"
 
 
 def bug(err: Exception, is_debug: bool) -> int:

@@ -217,14 +217,14 @@ class Pictures(Dataset):
         if self.crops:  # it is cropped already
             return self.transform.pixels(picture)
         # draws from what it is given: nothing global to put back
-        return self.transform.drawn(picture, chance.Random(_mixed(self.seed, self.epoch, i)))
+        return self.transform.drawn(picture, chance.Random(mixed_seed(self.seed, self.epoch, i)))
 
 
 class seeded:
     """Python's, numpy's and torch's generators seeded from numbers inside, and as they were after."""
 
     def __init__(self, *numbers: int):
-        self.number = _mixed(*numbers)
+        self.number = mixed_seed(*numbers)
 
     def __enter__(self) -> None:
         self.before = chance.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -267,7 +267,7 @@ def _largest_bytes(split: Split) -> int:
     return largest
 
 
-def _mixed(*numbers: int) -> int:
+def mixed_seed(*numbers: int) -> int:
     """One seed from several numbers, unrelated for neighbours."""
     text = " ".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")

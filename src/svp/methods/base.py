@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from svp.errors import SvpError
 from svp.options import build
 from svp.preprocessing import Preprocessing
-from svp.seams import Seams, Site, Stack, Weights
+from svp.seams import SEAMS, Seams, Site, Stack, Weights
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class Method(Seams, nn.Module):
 
     def folded(self, weights: Weights) -> Weights | None:
         """These weights, in force, with what the method does beside or before layers in them; None: it does what is no weight."""
-        beyond = any(self.acts(seam) for seam in ("network", "block", "branch", "beside", "memory"))
-        return None if beyond else weights
+        return None if any(self.acts(seam) for seam in SEAMS if seam != "weights") else weights
 
 
 def parts_of(method: Method) -> list[Method]:
@@ -176,13 +175,21 @@ class Several(Method):
     def make_head(self, site, num_classes):
         heads = [(name, h) for name, part in self.parts.items() if (h := part.make_head(site, num_classes)) is not None]
         if len(heads) > 1:
-            raise SvpError(f"{' and '.join(n for n, _ in heads)} both bring a head of their own", kind="usage")
+            raise SvpError(
+                f"{' and '.join(n for n, _ in heads)} both bring a head of their own",
+                "combine only one of them",
+                "usage",
+            )
         return heads[0][1] if heads else None
 
     def phases(self, recipe):
         busy = [(name, part) for name, part in self.parts.items() if type(part).phases is not Method.phases]
         if len(busy) > 1:
-            raise SvpError(f"{' and '.join(n for n, _ in busy)} both train in phases of their own", kind="usage")
+            raise SvpError(
+                f"{' and '.join(n for n, _ in busy)} both train in phases of their own",
+                "combine only one of them",
+                "usage",
+            )
         return busy[0][1].phases(recipe) if busy else [Phase(recipe)]
 
     def start_epoch(self, run, epoch):

@@ -84,7 +84,11 @@ def _rows(values: list[Any]) -> bool:
 def _text(path: Path) -> str:
     try:
         if path.stat().st_size > LIMIT_BYTES:
-            raise SvpError(f"{path} has {path.stat().st_size:,} bytes, at most {LIMIT_BYTES:,} are read", kind="usage")
+            raise SvpError(
+                f"{path} has {path.stat().st_size:,} bytes, at most {LIMIT_BYTES:,} are read",
+                "a YAML file of settings",
+                "usage",
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as err:
         raise SvpError(f"{path} is not text", "give a YAML file", "usage") from err

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from svp.data.splits import Split, Splits
-from svp.data.transforms import EvalTransform, Pictures, eval_transform, seeded, train_transform
+from svp.data.transforms import EvalTransform, Pictures, eval_transform, mixed_seed, seeded, train_transform
 from svp.preprocessing import Preprocessing
 from svp.training.machine import Team, cpus
 from svp.training.recipe import Recipe
@@ -39,14 +39,6 @@ def training_order(count: int, recipe: Recipe, *seeds: int) -> list[list[Tensor]
     order = torch.randperm(count, generator=generator)
     steps = batches_of(order, recipe.step_size, recipe.drop_last)
     return [batches_of(step, recipe.batch_size) for step in steps]
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers, unrelated for neighbours."""
-    import hashlib
-
-    text = " ".join(map(str, numbers)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
 
 
 @contextlib.contextmanager

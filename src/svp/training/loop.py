@@ -17,6 +17,7 @@ from torch import Tensor
 from svp.data.sources import open_data
 from svp.data.sources.checks import upscale_note
 from svp.data.splits import Splits
+from svp.data.transforms import mixed_seed
 from svp.errors import SvpError
 from svp.methods.base import Method, Phase, parts_of
 from svp.model import AdaptedModel, adapt, load
@@ -31,7 +32,6 @@ from svp.training.feed import (
     chance,
     evaluation_feed,
     is_random,
-    mixed_seed,
     my_batches,
     prepared,
     training_feed,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from svp.errors import SvpError, unknown
+from svp.extras import own_version
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,10 +128,8 @@ def versions() -> dict[str, str]:
     import numpy
     import PIL
 
-    from svp.model import version
-
     return {
-        "svp": version("svp-vision"),
+        "svp": own_version(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svp.errors import SvpError, unknown
+from svp.extras import own_version
 from svp.options import changed, option
 from svp.training.config import read_yaml
 
@@ -206,9 +207,7 @@ def recipe_from(name_or_file: str | Path) -> RecipeRow:
 
 def check_version(written: Any, path: str | Path) -> None:
     """Raise SvpError when a file says that a newer svp wrote it."""
-    from svp.model import version
-
-    here = version("svp-vision")
+    here = own_version()
     if written is not None and here != "source" and _numbers(str(written)) > _numbers(here):
         raise SvpError(f"{path} was written by svp {written}, this is {here}", "pip install -U svp-vision", "usage")
 

@@ -44,7 +44,7 @@ def rehearse(
     check(splits, chosen)
     place = machine.device_named(device)
     used = machine.precision(amp, chosen.amp, place)
-    preprocessing, training = model.preprocessing, model.training
+    preprocessing, training, before = model.preprocessing, model.training, next(model.backbone.parameters()).device
     model.preprocessing = prepared(preprocessing, splits)
     model.to(place)
     steps = training_order(len(splits.train), chosen, seed, 0, 0)
@@ -64,7 +64,7 @@ def rehearse(
         settings = settings_of(model, splits, chosen, seed, used)
     finally:
         model.preprocessing, model.drop_path = preprocessing, 0.0
-        model.train(training)
+        model.train(training).to(before)
         for p in model.parameters():
             p.grad = None
     settings["recipe"]["epochs"] = epochs

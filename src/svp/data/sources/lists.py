@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from svp.data.pictures import shown
+from svp.data.sources.request import COUNTED
 from svp.errors import SvpError
 
 Parts = dict[str, tuple[list[str], list[int]]]  # split -> (paths, labels)
-COUNTED = 1000  # a label below needs no proof that it numbers a class
 VTAB = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",), "test": ("test.txt",)}
 
 

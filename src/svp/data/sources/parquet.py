@@ -11,14 +11,13 @@ import numpy as np
 
 from svp.data.pictures import shown
 from svp.data.sources.checks import finished
-from svp.data.sources.request import Request
+from svp.data.sources.request import COUNTED, Request
 from svp.data.splits import Encoded, Splits
 from svp.errors import SvpError
 
 NAMES = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 LAYOUT = "columns image {bytes, path} and label are read, as Hugging Face's datasets write them"
 ROWS = 1024  # read at a time
-COUNTED = 1000  # a label below needs no proof that it numbers a class
 
 
 def open_source(request: Request) -> Splits:
