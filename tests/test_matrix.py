@@ -3,8 +3,11 @@
 import copy
 import json
 import math
+import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -17,7 +20,6 @@ from svp.backbones.checkpoints import save_backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.model import adapt, load
-from svp.ops import native
 from svp.registry import BACKBONES, METHODS
 
 TINY = {  # family: (name, what makes it small)
@@ -164,15 +166,6 @@ class TestContract:
         assert model.num_trainable() == FORMULAS[method](sizes, family == "vit")
         assert model(images).shape == (4, 5) and model(images[:1]).shape == (1, 5)
 
-    def test_starts_at_the_frozen_network(self, family, method, nets, images):
-        if method not in NEUTRAL + NEARLY:
-            pytest.skip(f"{method} is documented to start elsewhere")
-        with torch.no_grad():
-            linear, other = (made(family, name, nets[family]) for name in ("linear", method))
-            whole = other.method.acts("branch")  # then the last block computes all tokens, and rounds otherwise
-            near = 1e-6 if whole or method in NEARLY else 0
-            torch.testing.assert_close(other(images), linear(images), rtol=0, atol=near)
-
     def test_after_two_steps_all_that_trains_has_moved_and_nothing_else(self, family, method, images):
         net = backbone(family)
         frozen = {k: v.clone() for k, v in net.state_dict().items()}
@@ -264,6 +257,11 @@ class TestContract:
             with torch.autocast("cpu", torch.bfloat16):
                 got = model(images)
         assert got.isfinite().all() and (got - want).abs().max() < 0.1 * want.abs().max()
+        want = torch.cat([g.flatten() for g in run(model, images)[1:]])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(model, images)[1:]
+        assert all(g.dtype == p.dtype for g, p in zip(found, model.trainable_parameters(), strict=True))
+        assert (torch.cat([g.flatten() for g in found]) - want).norm() < 0.2 * want.norm()
 
     def test_checkpointing_gives_the_same_gradients(self, family, method, images):
         net = backbone(family)
@@ -294,9 +292,12 @@ class TestContract:
     def test_other_picture_sizes_and_double_precision(self, family, method):
         square = method in ("autovp", "ilm_vp")  # a frame is drawn around a square
         size = (48, 48) if square else (48, 32)
-        model = stir(made(family, method, backbone(family, img_size=size))).double()
-        out = model(torch.randn(1, 3, *size, dtype=torch.float64))
+        model = stir(made(family, method, backbone(family, img_size=size))).eval()
+        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            fast, out = model(images), model.double()(images.double())
         assert out.shape == (1, 5) and out.dtype == torch.float64
+        torch.testing.assert_close(fast.double(), out, rtol=1e-4, atol=1e-4)
         assert next(model.backbone.parameters()).dtype == torch.float64
 
     def test_without_gradients_nothing_is_kept(self, family, method, nets, images):
@@ -317,21 +318,58 @@ VIM = [method for family, method in PAIRS if family == "vim"]  # a ViT has no op
 
 
 @pytest.mark.parametrize("method", VIM)
-def test_every_kernel_path_acts_alike(method, images):
-    """Outputs and all gradients of the compiled op, at each level of this machine, are those of the reference."""
-    net = backbone(num_classes=7)
+def test_every_kernel_path_acts_alike(isa, method, images, tmp_path):
+    """Outputs and all gradients of the compiled op, at each level of this machine, are those of the reference; and saved, loaded
+    and merged it acts the same."""
+    net = backbone()
     model = stir(made("vim", method, net)).eval()
+    model.save_pretrained(tmp_path / "adapter")
     net.kernel = "reference"
-    want, before = run(model, images), native.isa() if native.available else None
-    assert native.available or not native.levels()
-    for level in native.levels():
-        native.set_isa(level)
-        net.kernel = "cpu"
-        try:
-            for a, b in zip(run(model, images), want, strict=True):
-                assert (a - b).abs().max() <= 2e-4 * b.abs().max() + 1e-7, level
-        finally:
-            native.set_isa(before)
+    want = run(model, images)
+    net.kernel = "cpu"
+    for a, b in zip(run(model, images), want, strict=True):
+        assert (a - b).abs().max() <= 2e-4 * b.abs().max() + 1e-7
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(load(tmp_path / "adapter", net)(images), logits)
+        if method in MERGED:
+            torch.testing.assert_close(model.merge().eval()(images), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family,method", [pair for pair in PAIRS if pair[1] in NEUTRAL + NEARLY])
+def test_starts_at_the_frozen_network(family, method, nets, images):
+    with torch.no_grad():
+        linear, other = (made(family, name, nets[family]) for name in ("linear", method))
+        whole = other.method.acts("branch")  # then the last block computes all tokens, and rounds otherwise
+        near = 1e-6 if whole or method in NEARLY else 0
+        torch.testing.assert_close(other(images), linear(images), rtol=0, atol=near)
+
+
+LOADS = """
+import sys, torch, svp
+from pathlib import Path
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+images = torch.load(folder / "images.pt")
+with torch.no_grad():
+    torch.save({p.name: svp.load(p)(images) for p in sorted(folder.iterdir()) if p.is_dir()}, folder / "logits.pt")
+"""
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_another_process_loads_what_this_one_saved(family, nets, images, tmp_path):
+    torch.save(images, tmp_path / "images.pt")
+    want = {}
+    for method in [method for other, method in PAIRS if other == family]:
+        model = stir(made(family, method, nets[family])).eval()
+        model.save_pretrained(tmp_path / method)
+        with torch.no_grad():
+            want[method] = model(images)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", LOADS, tmp_path], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "logits.pt")
+    assert found.keys() == want.keys() and all(torch.equal(found[method], t) for method, t in want.items())
 
 
 @pytest.mark.parametrize("method", [m for m in NEUTRAL if m != "linear"])

@@ -233,6 +233,36 @@ def test_the_option_head_and_the_keyword_head():
         adapt(create_backbone("vim_nano", depth=2), "ilm_vp", num_classes=5, head="two_linear")
 
 
+def test_a_head_of_ones_own(images, tmp_path):
+    net = backbone()
+    head = nn.Sequential(nn.Linear(32, 9), nn.ReLU(), nn.Linear(9, 5))
+    model = adapt(net, "svp", num_classes=5, head=head, hidden=8).eval()
+    torch.testing.assert_close(model(images), head(model.features(images)))
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(SvpError, match="saved with a head module of its own"):
+        load(tmp_path / "a", net)
+
+
+@pytest.mark.parametrize(
+    "methods,words",
+    [
+        (["ilm_vp", "autovp"], "ilm_vp and autovp both bring a head of their own"),
+        ([("damvp", {"head": "features"}), ("vp", {"head": "source"})], "damvp and vp both bring a head of their own"),
+    ],
+    ids=str,
+)
+def test_two_heads_are_refused(methods, words):
+    with pytest.raises(SvpError, match=words) as err:
+        adapt(backbone(), methods, num_classes=5)
+    assert err.value.kind == "usage"
+
+
+def test_two_that_train_in_phases_of_their_own_are_refused():
+    model = adapt(backbone(), ["sdt", ("spt", dict(num_tokens=3))], num_classes=5)
+    with pytest.raises(SvpError, match="sdt and spt both train in phases of their own"):
+        model.method.phases(None)
+
+
 def test_adapt_leaves_the_generators_alone():
     before = torch.random.get_rng_state()
     adapt(create_backbone("vim_nano", depth=2), ("vp", dict(preset="published", kind="random_patch")), num_classes=5)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from svp.backbones.create import create_backbone
@@ -378,6 +379,23 @@ def test_a_hook_or_a_foreign_wrapper_acts(net, images, plain, layer):
     finally:
         setattr(net.layers[1].mixer, layer, module)
     torch.testing.assert_close(net.features(images), plain)
+
+
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_a_hook_acts_on_a_vit_as_on_timms(layer):
+    net = create_backbone("vit_nano", depth=2, embed_dim=16, num_heads=2, img_size=16).double()
+    plain = (
+        VisionTransformer(embed_dim=16, depth=2, num_heads=2, patch_size=8, img_size=16, num_classes=0).double().eval()
+    )
+    plain.load_state_dict({name: t for name, t in net.state_dict().items() if not name.startswith("head.")})
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        before = net.features(images, Seams())
+        for model in (net, plain):
+            model.blocks[1].get_submodule(layer).register_forward_hook(lambda module, args, out: out * 1.5)
+        want = plain(images)
+        torch.testing.assert_close(net.features(images, Seams()), want)
+    assert (want - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method,layer", [("bitfit", "dt_proj"), ("lora", "in_proj")])

@@ -63,6 +63,8 @@ def test_a_mistyped_verb_gets_a_hint(svp, typed, meant):
     [
         (["train", "digits", "--metod", "svp"], "there is no option --metod of svp train", "did you mean --method"),
         (["train", "digits", "epochs=10"], "epochs=10 is not understood", "--epochs 10, or -r epochs=10"),
+        (["eval", "run", "digits", "split=val"], "split=val is not understood", "use --split val"),
+        (["eval", "run", "digits", "epochs=10"], "epochs=10 is not understood", "svp eval --help"),
         (["train", "digits", "--lr", "inf"], "inf is not a finite number", "svp train --help"),
         (["predict", "run"], "missing argument 'IMAGE|FOLDER...'", "svp predict --help"),
     ],

@@ -60,6 +60,20 @@ def test_a_broken_picture_stops_unless_it_may_be_skipped(svp, trained, pictures)
     assert told.code == 1 and "none of the 1 pictures can be read" in told.err and told.out == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right of their own there")
+def test_a_broken_link_stops_unless_it_may_be_skipped(svp, trained, photos, tmp_path):
+    shutil.copy(photos / "test" / "red" / "0.png", tmp_path / "red.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    told = svp("predict", trained, tmp_path)
+    assert told.code == 1 and "gone.png is a broken link" in told.err and told.out == ""
+    told = svp("predict", trained, tmp_path, "--json", "--on-bad-image", "skip")
+    found = {p["path"]: p for p in json.loads(told.out)}
+    assert told.code == 0 and found[str(tmp_path / "red.png")]["label"]
+    assert (
+        "is a broken link" in found[str(tmp_path / "gone.png")]["error"] and "1 of 2 pictures were left out" in told.err
+    )
+
+
 def stdin(monkeypatch, content):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import svp
+import test_matrix
 from ops.inputs import (
     GRAD,
     OUT,
@@ -373,19 +374,18 @@ def test_a_second_derivative_is_refused_in_words():
 
 
 @runs
-def test_a_network_with_svp_is_that_of_the_reference():
+@pytest.mark.parametrize("method", [m if m == "svp" else pytest.param(m, marks=on_gpu) for m in test_matrix.VIM])
+def test_a_network_is_that_of_the_reference(method):
     net = svp.create_backbone("vim_nano", kernel="reference", depth=2, img_size=32, embed_dim=12, d_state=2)
-    model = svp.adapt(net, "svp", num_classes=3, seed=0)
-    for i, p in enumerate(model.parameters()):  # the starting values of SVP leave the backbone as it is
-        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = test_matrix.stir(test_matrix.made("vim", method, net)).eval()
+    image = torch.randn(1, 3, *model.preprocessing.crop, generator=torch.Generator().manual_seed(0))
     found = {}
     for net.kernel in ("reference", "triton"):
         device = DEVICE if net.kernel == "triton" else "cpu"
         model.to(device).zero_grad()
         logits = model(image.to(device))
         logits.square().sum().backward()
-        grads = {name: p.grad.cpu().clone() for name, p in model.named_parameters()}
+        grads = {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
         found[net.kernel] = {"logits": logits.detach().cpu()} | grads
     for name, t in found["reference"].items():
         assert_close(found["triton"][name], t, name, 1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -63,19 +64,20 @@ def command(**typed: Any) -> None:
     from svp.training.trained import Unread, label, read_trained
 
     found = read_trained(typed["run"])
-    skips, lost = typed["on_bad_image"] == "skip", list[str]()
+    skips, lost = typed["on_bad_image"] == "skip", dict[str, str]()
     files = picture_files(names(typed["images"]), lost if skips else None)
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device_named(typed["device"])))
     top = typed["top"] or (5 if typed["as_json"] else 1)
     labels = label(model, files, batch_size=typed["batch_size"], top=top, skip=skips)
-    labels, top = counted(labels, len(files), typed["quiet"]), min(top, model.num_classes)
+    labels = itertools.chain(labels, (Unread(path, reason) for path, reason in lost.items()))
+    count = len(files) + len(lost)
+    labels, top = counted(labels, count, typed["quiet"]), min(top, model.num_classes)
     if typed["as_json"]:
         bad = print_list(labels, top)
     else:
         bad = print_csv(labels, top) if typed["as_csv"] else print_lines(labels, top)
-    bad += [Unread("", problem) for problem in lost]
     if bad:
-        tell(bad, len(files) + len(lost))
+        tell(bad, count)
 
 
 def names(images: tuple[str, ...]) -> list[str]:

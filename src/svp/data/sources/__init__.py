@@ -76,10 +76,10 @@ def list_tasks(pattern: str = "*") -> list[str]:
     return fnmatch.filter(TASKS, pattern)
 
 
-def picture_files(paths: Iterable[str | os.PathLike], bad: list[str] | None = None) -> list[Path]:
+def picture_files(paths: Iterable[str | os.PathLike], bad: dict[str, str] | None = None) -> list[Path]:
     """Files and folders (with all below them, in natural order) to a list of picture files.
 
-    bad: what lies in a folder and is no file, as a broken link, is told here instead of being an error.
+    bad: what lies in a folder and is no file, as a broken link, gets its reason here instead of being an error.
     Raises SvpError for an address, what does not exist, and a folder without pictures.
     """
     from svp.data.sources.walk import Walk
@@ -94,7 +94,7 @@ def picture_files(paths: Iterable[str | os.PathLike], bad: list[str] | None = No
             walk = Walk(skip=bad is not None)
             inside = walk.pictures(path)
             if bad is not None:
-                bad += walk.bad
+                bad |= walk.bad
             if not inside:
                 raise SvpError(
                     f"{shown(path)} holds no pictures ({' '.join(EXTENSIONS)})", "give a folder of pictures", "data"

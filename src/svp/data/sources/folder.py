@@ -30,7 +30,7 @@ def open_source(request: Request) -> Splits:
     files = {name: Files(paths, labels, str(root), request.max_pixels) for name, (paths, labels) in parts.items()}
     opened = Splits(
         request.source, files["train"], files.get("val"), files.get("test"), classes, protocol=request.protocol,  # type: ignore[arg-type]
-        skipped=tuple(walk.bad),
+        skipped=tuple(walk.bad.values()),
     ).noted(f"layout: {found}", *walk.notes())  # fmt: skip
     return finished(opened, request, by_number)
 

@@ -17,7 +17,7 @@ IGNORED = ("__macosx", "thumbs.db", "desktop.ini")  # beside all that begins wit
 class Walk:
     """Walks below folders and counts what it passes over.
 
-    skip   a file that cannot be read is listed in `bad` instead of being an error
+    skip   a file that cannot be read is listed in `bad`, path and why, instead of being an error
     """
 
     skip: bool = False
@@ -25,7 +25,7 @@ class Walk:
     others: int = 0
     outside: int = 0
     told: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
 
     def folders(self, folder: Path) -> list[str]:
         """Names of the folders inside, in natural order."""
@@ -78,24 +78,24 @@ class Walk:
                     here = _identity(entry)
                     if here in above:
                         self._refuse(
-                            f"{shown(entry)} is a link that leads back to a folder above it", "remove the link"
+                            entry, f"{shown(entry)} is a link that leads back to a folder above it", "remove the link"
                         )
                     else:
                         found += self._below(entry, (*above, here))
                 elif not entry.exists():
-                    self._refuse(f"{shown(entry)} is a broken link", "remove it")
+                    self._refuse(entry, f"{shown(entry)} is a broken link", "remove it")
                 elif _is_picture(entry):
                     found.append(str(entry))
                 else:
                     self.others += 1
             except OSError as err:  # a link that points to itself, a device that went away
-                self._refuse(f"{shown(entry)} cannot be read: {err.strerror or err}", "remove it")
+                self._refuse(entry, f"{shown(entry)} cannot be read: {err.strerror or err}", "remove it")
         return found
 
-    def _refuse(self, problem: str, hint: str) -> None:
+    def _refuse(self, path: Path, problem: str, hint: str) -> None:
         if not self.skip:
             raise SvpError(problem, hint, "data")
-        self.bad.append(problem)
+        self.bad[str(path)] = problem
 
 
 def _identity(folder: Path) -> tuple[int, int]:
