@@ -92,3 +92,19 @@ def test_checkpointed_blocks_run_twice_to_the_same_gradients(family, monkeypatch
     with torch.no_grad():
         net(pictures())
     assert ran == [0, 1, 2, 3]
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+@EVERY_FAMILY
+def test_positions_are_added_in_full_precision_under_autocast(family):
+    net = tiny(family).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        w = net.in_force(None)
+        tokens = net.embed(pictures().float(), w)
+        patches = torch.nn.functional.conv2d(
+            pictures().float(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], 8
+        )
+    want = patches.flatten(2).mT.float() + w["pos_embed"][:, tokens.patches]
+    assert patches.dtype == torch.bfloat16 and torch.equal(tokens.x[:, tokens.patches], want)

@@ -118,12 +118,12 @@ class Vim(Backbone):
         b, count, _ = x.shape
         cls = self.cls_positions
         if self.cls_kind == "double":
-            head, tail = (w[f"cls_token_{end}"].expand(b, -1, -1).to(x.dtype) for end in ("head", "tail"))
+            head, tail = (w[f"cls_token_{end}"].expand(b, -1, -1) for end in ("head", "tail"))
             x = torch.cat([head, x, tail], dim=1)
         elif cls:
-            token = w["cls_token"].expand(b, -1, -1).to(x.dtype)
+            token = w["cls_token"].expand(b, -1, -1)
             x = torch.cat([x[:, : cls[0]], token, x[:, cls[0] :]], dim=1)
-        x = x + w["pos_embed"].to(x.dtype)
+        x = x + w["pos_embed"]  # under autocast as wide as the table, as published: the convolution alone is narrow
         places = torch.tensor([t for t in range(count + len(cls)) if t not in cls], device=x.device)
         return Tokens(x, None, cls, places, places.new_empty(0), self.grid)
 

@@ -77,7 +77,7 @@ class Vit(Backbone):
         """Pictures (b, 3, H, W) -> prefix tokens, then patches, with positions."""
         x = F.conv2d(images, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), self.patch_size)
         x = x.flatten(2).transpose(1, 2)  # (b, h*w, d)
-        # under autocast the stream is as wide as its tables, as timm has it: the convolution alone is narrow
+        # under autocast as wide as the tables, as timm has it: the convolution alone is narrow
         prefix = [w[t].expand(len(x), -1, -1) for t in ("cls_token", "reg_token") if t in w]
         positions = w["pos_embed"]
         if self.positions_of_prefix:
