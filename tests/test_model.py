@@ -303,6 +303,30 @@ def test_loading_leaves_the_given_backbone_where_it_is(tmp_path):
         net.fingerprint = before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_adapter_of_another_precision_is_read_back(dtype, tmp_path, images):
+    net = create_backbone("vim_tiny", depth=2, embed_dim=32, d_state=4, patch_size=8, img_size=32).to(dtype)
+    model = stir(adapt(net, "svp", num_classes=5, hidden=8)).eval()
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert next(again.parameters()).dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(again(images.to(dtype)), model(images.to(dtype)))
+
+
+def test_a_method_of_weights_is_counted_on_the_meta_device():
+    model = adapt(backbone(), "lora", num_classes=5, rank=4).to("meta")
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 5)
+
+
+@pytest.mark.parametrize("keywords,words", [(dict(pos_resize="Repo"), "pos_resize 'Repo'"), (dict(deph=3), "deph")])
+def test_what_a_backbone_does_not_know_is_wrong_usage(keywords, words):
+    for name in ("vim_nano", "vit_nano"):
+        with pytest.raises(SvpError, match=words) as err:
+            create_backbone(name, weights="default", **keywords)
+        assert err.value.kind == "usage"
+
+
 def test_class_names_are_as_many_as_logits(tmp_path):
     model = made("linear")
     with pytest.raises(SvpError, match="2 class names were given for num_classes 5"):

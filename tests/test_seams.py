@@ -381,6 +381,48 @@ def test_a_hook_or_a_foreign_wrapper_acts(net, images, plain, layer):
     torch.testing.assert_close(net.features(images), plain)
 
 
+def wrapped(module):
+    """As accelerate wraps: a forward of the instance's own."""
+    forward = module.forward
+    module.forward = lambda x: forward(x) * 1.5
+    return lambda: vars(module).pop("forward")
+
+
+WAYS = {
+    "forward of its own": wrapped,
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda m, g: (g[0] * 1.5,)).remove,
+    "backward hook": lambda module: module.register_full_backward_hook(lambda m, gi, go: (gi[0] * 1.5,)).remove,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layer", ["in_proj", "x_proj", "dt_proj_b", "out_proj"])
+def test_every_kind_of_hook_acts(net, images, layer, way):
+    def gradient():
+        x = images.clone().requires_grad_()
+        net.features(x, Seams()).square().sum().backward()
+        return x.grad
+
+    before = gradient()
+    remove = WAYS[way](getattr(net.layers[1].mixer, layer))
+    try:
+        assert not torch.allclose(gradient(), before)
+    finally:
+        remove()
+    torch.testing.assert_close(gradient(), before)
+
+
+@pytest.mark.parametrize("layer", ["conv1d", "conv1d_b"])
+def test_a_hook_on_a_convolution_is_refused(net, images, layer):
+    """Its taps go to a kernel, on whichever path: nobody calls it."""
+    handle = getattr(net.layers[1].mixer, layer).register_forward_hook(lambda module, args, out: out)
+    try:
+        with pytest.raises(SvpError, match=f"{layer} of block 1 carries a hook or wrapper"):
+            net.features(images, Seams())
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
 def test_a_hook_acts_on_a_vit_as_on_timms(layer):
     net = create_backbone("vit_nano", depth=2, embed_dim=16, num_heads=2, img_size=16).double()

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svp.backbones.base import Backbone
+from svp.backbones.base import Backbone, drawn_from
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.extras import own_version
@@ -31,7 +30,6 @@ from svp.seams import SEAMS
 
 FORMAT = 1  # of a saved adapter
 HEADS = ("linear", "two_linear")
-_SEEDING = threading.Lock()  # start values are drawn from torch's one generator: one thread at a time
 MethodSpec = str | tuple[str, dict[str, Any]]
 
 
@@ -161,7 +159,6 @@ class AdaptedModel(nn.Module):
 
     # -- the effect probe ----------------------------------------------------------------------------------------------
 
-    @torch.random.fork_rng(devices=[])
     def probe(self, seed: int = 0) -> None:
         """Raise SvpError unless every trainable tensor gets a gradient and changes the output, with its like in other blocks.
 
@@ -169,6 +166,10 @@ class AdaptedModel(nn.Module):
         starts hide dead partners), runs two random pictures, and puts everything back. Patterns in `method.known_inert`
         are excused.
         """
+        with drawn_from(seed):
+            self._probe(seed)
+
+    def _probe(self, seed: int) -> None:
         names = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         saved = [p.detach().clone() for _, p in names]
         grads, training = [p.grad for _, p in names], self.training
@@ -251,7 +252,7 @@ class AdaptedModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """All that `load` needs besides the tensors."""
-        net = self.backbone
+        net, dtype = self.backbone, next(self.backbone.parameters()).dtype
         return {
             "format": FORMAT,
             "svp_version": own_version(),
@@ -267,6 +268,7 @@ class AdaptedModel(nn.Module):
                 "overrides": getattr(net, "overrides", {}),
                 "pos_resize": getattr(net, "pos_resize", "middle"),
                 "fingerprint": net.fingerprint(),
+                **({} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}),
             },
             "preprocessing": self.preprocessing.as_dict(),
             "task": self.task,
@@ -330,8 +332,7 @@ def adapt(
         raise _miscounted(classes, num_classes)
     specs = _specs(method, options)
     site = backbone.site()
-    with _SEEDING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         parts = [(name, _build(name, values, site, num_classes)) for name, values in specs]
         for _, part in parts:
             part.classes = tuple(classes) if classes is not None else None
@@ -434,10 +435,11 @@ def _named_backbone(folder: Path, named: dict[str, Any], weights: str | None, ke
         raise SvpError(
             f"{folder} was trained on a backbone with merged weights, which no file holds", "give backbone=", "artefact"
         )
-    return create_backbone(
+    net = create_backbone(
         named["name"], weights=None if source in ("random", "none") else weights or weights_beside(folder, source),
         img_size=tuple(named["img_size"]), kernel=kernel, pos_resize=named.get("pos_resize", "middle"), **named["overrides"],
     )  # fmt: skip
+    return net if "dtype" not in named else net.to(getattr(torch, named["dtype"]))
 
 
 def _same_backbone(folder: Path, named: dict[str, Any], net: Backbone) -> None:
@@ -605,9 +607,11 @@ def read_json(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
 
 def model_card(model: AdaptedModel, card: str) -> str:
     """README.md of a saved adapter, with the front matter that Hugging Face tools show."""
+    from svp.data.pictures import shown
+
     net = model.backbone
     classes = (
-        f"\nClasses: {', '.join(model.classes[:20])}{' …' if len(model.classes) > 20 else ''}\n"
+        f"\nClasses: {', '.join(map(shown, model.classes[:20]))}{' …' if len(model.classes) > 20 else ''}\n"
         if model.classes
         else ""
     )

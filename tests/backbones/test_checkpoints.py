@@ -71,8 +71,43 @@ def test_the_position_table_follows_the_picture_size(net, tmp_path):
 
 def test_rope_tables_of_the_first_release_are_left_out_and_said(net, tmp_path):
     torch.save({"model": {**net.state_dict(), "rope.freqs_cos": torch.zeros(3)}}, tmp_path / "a.pth")
-    again = create_backbone("vim_tiny", weights=tmp_path / "a.pth", **SIZES)
+    again = create_backbone("vim_tiny", weights=tmp_path / "a.pth", **SIZES, cls_token="head")
     assert again.report.left_out == ["rope.freqs_cos: unused table of the first release"]
+    with pytest.raises(SvpError, match="whose class token stands first; in vim_tiny it stands in the middle"):
+        create_backbone("vim_tiny", weights=tmp_path / "a.pth", **SIZES)
+
+
+def test_overlapping_patches_are_not_taken_for_others(tmp_path):
+    fine = create_backbone("vim_tiny_stride8", num_classes=3)
+    save_backbone(fine, tmp_path / "fine.safetensors", torch.float16)
+    with pytest.raises(SvpError, match="has stride 8, vim_tiny needs 16") as err:
+        create_backbone("vim_tiny", weights=tmp_path / "fine.safetensors")
+    assert err.value.hint == "the file fits vim_tiny_stride8: --backbone vim_tiny_stride8"
+    again = create_backbone("vim_tiny_stride8", weights=tmp_path / "fine.safetensors")
+    assert not again.report.resized
+    assert create_backbone("vim_tiny", weights=tmp_path / "fine.safetensors", img_size=432).grid == (27, 27)
+    coarse = create_backbone("vim_tiny", num_classes=3)
+    save_backbone(coarse, tmp_path / "coarse.safetensors", torch.float16)
+    assert create_backbone("vim_tiny_stride8", weights=tmp_path / "coarse.safetensors").report.resized
+
+
+@pytest.mark.parametrize("room", ["pathlib", "pathlib._local"])  # Python 3.13 has its paths in the latter
+def test_paths_of_any_python_are_read(net, tmp_path, room):
+    path = published(net, tmp_path / "vim.pth")
+    content = path.read_bytes()
+    here = type(tmp_path).__module__
+    if here != room:
+        import zipfile
+
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "other.pth", "w") as new:
+            for item in old.infolist():
+                data = old.read(item)
+                if item.filename.endswith("data.pkl"):
+                    data = data.replace(f"c{here}\n".encode(), f"c{room}\n".encode())
+                    assert f"c{room}\n".encode() in data
+                new.writestr(item.filename, data)
+        path = tmp_path / "other.pth"
+    assert content and read_checkpoint(path).tensors.keys() == net.state_dict().keys()
 
 
 def test_a_file_of_another_size_names_the_backbone_it_fits(tmp_path):
@@ -177,6 +212,15 @@ def test_an_adapter_of_the_authors_code_is_converted_whole(net, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(images), direct.eval()(images))
+
+
+def test_averaged_prompts_beside_a_frozen_network_that_averaging_has_rounded(net, tmp_path):
+    state = authors_adapter(net, tmp_path / "best.pth")
+    content = torch.load(tmp_path / "best.pth", weights_only=False)
+    content["model_ema"] = {name: t * (1 + 1e-7) + 1e-9 for name, t in state.items()}
+    torch.save(content, tmp_path / "ema.pth")
+    model, _ = load_published(tmp_path / "ema.pth", net, ema=True)
+    assert torch.equal(model.method.beta["1"], content["model_ema"]["prompt_scale"][1])
 
 
 def test_an_adapter_on_another_backbone_is_refused(net, tmp_path):

@@ -104,6 +104,34 @@ def test_the_run_s_own_pictures_that_moved_are_split_as_in_training(svp, config,
     assert "the epoch was selected" in told.err
 
 
+def test_an_adapter_without_a_run_measures_all_that_it_is_given(svp, trained, photos, tmp_path):
+    shutil.copytree(trained / "model", tmp_path / "adapter")
+    shutil.copytree(photos / "train", tmp_path / "newer")
+    told = svp("eval", tmp_path / "adapter", tmp_path / "newer", "--json")
+    scores = json.loads(told.out)
+    assert scores["pictures"] == 24 and "validation" not in told.err and "newer" in scores["scores"]
+
+
+def test_draws_of_evaluation_are_those_of_the_run(svp, config, tmp_path):
+    words = (
+        "train",
+        "--config",
+        config,
+        "--method",
+        "vp",
+        "-s",
+        "kind=random_patch",
+        "-s",
+        "random_at_eval=true",
+        "-s",
+        "size=5",
+    )
+    assert svp(*words, "--seed", "3", "--lr", "5", "--epochs", "1", "--out", tmp_path / "run", "-q").code == 0
+    told = svp("eval", tmp_path / "run", "--json")
+    assert json.loads(told.out)["loss"] and "reported" not in told.err
+    assert json.loads(told.out)["ece"] == result(tmp_path / "run")["test_ece"]
+
+
 def test_the_validation_split_is_the_one_that_was_cut(svp, trained, config, loose, tmp_path):
     """With a seed of its own; a model that is asked about other pictures would know many of them from training."""
     data = package.open_data(f"folder:{loose}", seed=3)

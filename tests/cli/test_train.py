@@ -36,6 +36,15 @@ def test_a_finished_run_prints_its_table_again(svp, trained, config):
     assert told.code == 2 and "other settings" in told.err and "recipe.lr" in told.err
 
 
+def test_a_damaged_result_is_overwritten(svp, config, tmp_path):
+    words = ("train", "--config", config, "--method", "linear", "--epochs", "1", "--out", tmp_path / "run", "-q")
+    assert svp(*words).code == 0
+    (tmp_path / "run" / "result.json").write_text("{")
+    told = svp(*words)
+    assert told.code == 1 and "--overwrite" in told.err
+    assert svp(*words, "--overwrite").code == 0
+
+
 def test_what_may_change_in_a_run_that_goes_on(svp, trained, config):
     """Device and workers; neither the compiler nor determinism, which move numbers."""
     words = ("train", "--config", config, "-s", "hidden=4", "--epochs", "2", "--out", trained)
@@ -162,6 +171,7 @@ def test_what_was_selected_on_test_says_so(svp, config, tmp_path):
         (["digits", "--recipe", "svp-dt"], 2, "there is no recipe 'svp-dt'", "svp-dtd"),
         (["digits", "--seed", "0", "--seeds", "1,2"], 2, "exclude each other", "--seeds"),
         (["digits", "--resume", "--overwrite"], 2, "exclude each other", "--resume continues"),
+        (["digits", "--seed", "18446744073709551616"], 2, "is not in the range", "--help"),
         (["digits", "--epochs", "0"], 2, "trains nothing", "--dry-run"),
         (["digits", "--lr", "-1"], 2, "not a finite number above 0", "--help"),
         (["digits", "--seeds", "0,0"], 2, "a seed twice", "--help"),
@@ -182,6 +192,10 @@ def test_what_is_refused_before_anything_is_built(svp, words, code, problem, hin
         ("source: digits\nseed: one\n", 2, "seed is 'one', expected whole numbers"),
         ("source: digits\nrecipe: {epoch: 3}\n", 2, "named 'epoch'"),
         ("source: digits\nbackbone: [1]\n", 2, "backbone is"),
+        ("source: digits\non: 1\n", 1, "there is no setting 'True'"),
+        ("source: digits\nseeds: []\n", 2, "expected whole numbers from 0, at least one"),
+        ("source: digits\nseed: 18446744073709551616\n", 2, "expected whole numbers"),
+        ("source: digits\nmethods: [{name: 5, options: {}}]\n", 2, "methods is"),
     ],
 )
 def test_a_wrong_config_names_file_and_line(svp, tmp_path, text, line, problem):

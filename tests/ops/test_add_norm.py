@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.inputs import GRAD, LAID, OUT, compare, run_with_grads, sum_inputs, sums
+from ops.inputs import GRAD, LAID, OUT, compare, compare_halves, run_with_grads, sum_inputs, sums
 from support import assert_close
 from svp.errors import SvpError
 from svp.ops import native
@@ -44,6 +44,13 @@ def test_any_shape(b, l, d, frozen, residual):
 def test_however_the_tensors_lie(how, names):
     inputs = sum_inputs(2, 17, 37, 2, (37,))
     compare_sums(("silu", "none"), (3,), inputs, laid=dict.fromkeys(names, LAID[how]))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    inputs = sum_inputs(2, 17, 37, 2, (37,))
+    compare_halves(sums(("silu", "none"), (3,)), inputs, "cpu", dtype, wide=("residual", "weight", "scale0", "scale1"))
 
 
 @compiled

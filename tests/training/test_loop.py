@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from svp.backbones import vim
+from svp.data.protocols import protocol_named
+from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Phase
 from svp.model import load
@@ -374,6 +376,66 @@ def test_memory_that_runs_out_is_explained(tmp_path, monkeypatch):
     assert "memory ran out on cpu with batch_size 8 of 16 x 16 pixels" in err.value.problem
     assert "--batch-size 4 --accumulate 2" in err.value.hint
     assert (tmp_path / "checkpoint" / "state.pt").is_file()
+
+
+def test_memory_that_runs_out_in_an_evaluation_is_explained(tmp_path, monkeypatch):
+    forward = type(model("svp")).forward
+
+    def hungry(self, images):
+        if not self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TB")
+        return forward(self, images)
+
+    monkeypatch.setattr(type(model("svp")), "forward", hungry)
+    with pytest.raises(SvpError) as err:
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path)
+    assert "with eval_batch_size 64 of 16 x 16 pixels" in err.value.problem
+    assert "-r eval_batch_size=32 gives the same numbers" in err.value.hint and "--batch-size" not in err.value.hint
+
+
+@pytest.mark.parametrize("batch_size,mixup,halved", [(8, 0.0, True), (7, 0.0, False), (8, 0.8, True), (6, 0.8, False)])
+def test_a_half_batch_is_advised_where_it_trains_the_same(batch_size, mixup, halved, monkeypatch):
+    def hungry(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TB")
+
+    monkeypatch.setattr(type(model("svp")), "forward", hungry)
+    with pytest.raises(SvpError) as err:
+        fit(model("svp"), splits(), recipe=RECIPE.but(batch_size=batch_size, mixup=mixup))
+    assert ("trains the same" in err.value.hint) == halved and "grad_checkpointing" in err.value.hint
+
+
+def test_gradients_that_were_left_are_no_part_of_the_first_step():
+    fresh, used = model("svp"), model("svp")
+    for p in used.parameters():
+        p.grad = torch.ones_like(p)
+    for net in (fresh, used):
+        fit(net, splits(), recipe=RECIPE.but(epochs=1))
+    assert_same(tensors(fresh), tensors(used))
+
+
+def test_names_that_are_no_text_are_written_and_read_back(tmp_path):
+    """A folder of an old archive: bytes of Latin-1 for a class."""
+    classes = ("caf\udce9", "green", "red")
+    data = splits()
+    data = Splits("old\udce9", data.train, data.val, data.test, classes)
+    run = fit(model("svp"), data, recipe=RECIPE.but(epochs=1), out=tmp_path / "run")
+    again = fit(model("svp"), data, recipe=RECIPE.but(epochs=1), out=tmp_path / "run")
+    assert again.result == json.loads(json.dumps(run.result))
+    assert load(tmp_path / "run").classes == classes
+    assert "caf\\xe9" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_test_that_stands_in_for_validation_is_scored_once():
+    data, turned = splits(), model("svp")
+    data = Splits(
+        "generated", data.train, data.test, data.test, ("blue", "green", "red"), protocol=protocol_named("svp-released")
+    )
+    turned.classes = ("red", "green", "blue")
+    assert fit(turned, data, recipe=RECIPE.but(epochs=1)).result["val_accuracy"] is None
+
+
+def test_a_rehearsal_counts_all_phases():
+    assert rehearse(model("sdt"), splits(), recipe=RECIPE.but(epochs=3))["steps"] == 4 * (1 + 3)
 
 
 def test_an_error_of_ours_is_not_dressed_up(monkeypatch):

@@ -124,6 +124,7 @@ def test_binary_is_no_settings(tmp_path):
         (dict(schedule="cosine_epochs"), "cosine_epoch"),
         (dict(warmup_first="zero"), "start"),
         (dict(betas=(0.9,)), "two"),
+        (dict(betas=(0.9, 1.0)), "betas of the recipe are [0.9, 1.0], expected less than 1"),
         (dict(optimizer="adamx"), "adamw"),
     ],
 )

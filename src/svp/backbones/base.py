@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from svp.errors import SvpError, unknown
 from svp.ops.dispatch import transformed
+from svp.ops.precision import exactly
 from svp.preprocessing import Preprocessing
 from svp.seams import Seams, Site, Tokens, Weights
 
@@ -92,9 +95,7 @@ class Backbone(nn.Module):
             return dict(self.named_parameters())
         w = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("head.")}
         if seams.acts("weights"):
-            with torch.autocast(
-                next(iter(w.values())).device.type, enabled=False
-            ):  # a change is as exact as its weight
+            with exactly(next(iter(w.values())).device.type):  # a change is as exact as its weight
                 changed = seams.weights(w)
             known = self.site_slots()
             for name in changed:
@@ -249,6 +250,18 @@ class Run:
         return self.net.features(images, PLAIN)
 
 
+_SEEDING = threading.RLock()  # start values are drawn from torch's one generator: one thread at a time
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """What is drawn inside follows from the seed; afterwards the global generators, GPUs' included, are as they were."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with _SEEDING, torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        yield
+
+
 def tensor_digest(t: Tensor) -> str:
     """sha256 over shape and float32 bytes."""
     values = t.detach().to("cpu", torch.float32).contiguous()
@@ -276,11 +289,12 @@ def linear(module: nn.Module, w: Weights, name: str, x: Tensor, bias: bool = Tru
     return module(x)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is nothing but its linear map."""
-    return type(module) is nn.Linear and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    )
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling the module is nothing but its own map: it is of this kind, and nobody has hooked or wrapped it."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
 
 
 def beside(y: Tensor, x: Tensor, extra: dict[str, Callable[[Tensor], Tensor]], name: str) -> Tensor:

@@ -20,7 +20,11 @@ from svp.backbones.base import Backbone, tensor_digest
 from svp.backbones.positions import resize_positions
 from svp.errors import SvpError
 
-SAFE = [argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath]
+PATHS = (pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+SAFE = [
+    argparse.Namespace,
+    *((kind, f"{room}.{kind.__name__}") for kind in PATHS for room in ("pathlib", "pathlib._local")),
+]
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module")  # where training programs keep the weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 UNUSED = ("rope.",)  # tables of the first Vim release that no published model reads
@@ -205,6 +209,8 @@ def recognise(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         sizes["scan_type"] = "v1"
     if "pos_embed" in tensors:
         sizes["tokens"] = tensors["pos_embed"].shape[1]
+        if sizes["tokens"] == 27 * 27 + 1 and sizes["patch_size"] == 16:  # of 224 pixels, patches that overlap
+            sizes["stride"] = 8
     head = tensors.get("head.weight")
     if head is not None and head.dim() == 2 and head.shape[1] == d:
         sizes["num_classes"] = head.shape[0]
@@ -224,6 +230,11 @@ def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> R
     pos_resize  "middle" or "repo": see `resize_positions`
     """
     report = Report(notes=list(found.notes))
+    if any(name.startswith(UNUSED) for name in found.tensors) and getattr(net, "cls_kind", "") == "middle":
+        raise SvpError(
+            f"{found.path} is of the first Vim release (it holds rope tables), whose class token stands first; in {net.name} it "
+            "stands in the middle", 'create_backbone(…, cls_token="head")', "artefact",
+        )  # fmt: skip
     own = dict(net.named_parameters())
     taken: dict[str, Tensor] = {}
     for name in net.site_slots() & found.tensors.keys():  # a bias that a merged method has filled

@@ -10,9 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from svp.backbones.base import Backbone, pair
+from svp.backbones.base import Backbone, drawn_from, pair
 from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, shortened, words
 from svp.errors import SvpError, unknown
 from svp.registry import BACKBONES
@@ -24,6 +22,7 @@ OPTIONAL: dict[str, Any] = {  # functions that a family's file may have, and wha
     "recognise": lambda tensors: {},  # the sizes that they make, None: of another network
     "compared": lambda name, sizes: {},  # the sizes that must be those
 }
+POS_RESIZE = ("middle", "repo")
 KERNELS = ("auto", "reference", "cpu", "triton")
 
 
@@ -48,18 +47,18 @@ def create_backbone(
     Raises SvpError for unknown names and keywords, and for files that do not fit, naming the backbone they would fit.
     """
     module = family_of(name)
-    if kernel not in KERNELS:
-        raise unknown("kernel", kernel, KERNELS)
+    for what, given, known in (("kernel", kernel, KERNELS), ("pos_resize", pos_resize, POS_RESIZE)):
+        if given not in known:
+            raise unknown(what, given, known)
     sizes = {**module.VARIANTS.get(name, {}), **overrides}
     if img_size is not None:
         sizes["img_size"] = pair(img_size)
     found = None if weights is None else read_checkpoint(weights_file(name, str(weights)), trust_pickle=trust_pickle)
     if found is not None:
         found.tensors = part_of(module, "renamed")(found.tensors)
-        sizes = _fitted(name, module, sizes, found, overrides)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        sizes = sizes if found is None else _fitted(name, module, sizes, found, overrides)
+        with drawn_from(seed):
             net = family_class(module)(name, **sizes)
     except TypeError as err:
         raise SvpError(f"{name}: {str(err).split('() ')[-1]}", f"svp list backbones {name}", "usage") from err
@@ -80,10 +79,9 @@ def family_of(name: str) -> Any:
 
 
 def family_class(module: Any) -> type[Backbone]:
-    """The Backbone subclass of a family's file."""
-    return next(
-        v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Backbone) and v is not Backbone
-    )
+    """The Backbone subclass that a family's file defines."""
+    kinds = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Backbone)]
+    return next(kind for kind in kinds if kind.__module__ == module.__name__)
 
 
 def part_of(module: Any, name: str) -> Any:
@@ -111,7 +109,7 @@ def weights_file(name: str, weights: str) -> Path:
         if not owner or not repository:
             raise SvpError(
                 f"weights '{weights}' is not hf:OWNER/NAME or hf:OWNER/NAME/FILE",
-                "hf:hustvl/Vim-small-midclstok",
+                "hf:hustvl/Vim-small-midclstok/vim_s_midclstok_80p5acc.pth",
                 "usage",
             )
         return from_hub(f"{owner}/{repository}", file or "model.safetensors")

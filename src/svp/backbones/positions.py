@@ -17,7 +17,7 @@ def square(patches: int) -> tuple[int, int]:
     if side * side != patches:
         raise SvpError(
             f"a position table of {patches} patches is no square grid",
-            "give the file's grid as source_grid=(h, w)",
+            "load the file at the picture size that it was trained with",
             "artefact",
         )
     return side, side

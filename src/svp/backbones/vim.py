@@ -16,6 +16,7 @@ from svp.ops import causal_conv1d, selective_scan
 from svp.ops.add_norm import Term, add_norm
 from svp.ops.add_norm.reference import rms_norm
 from svp.ops.mixer import Direction, mixer
+from svp.ops.precision import wide
 from svp.preprocessing import Preprocessing
 from svp.seams import BlockSite, Scan, Seams, Site, Tokens, Weights
 
@@ -208,7 +209,7 @@ class Vim(Backbone):
     ) -> Any:
         """timm's intermediate features: after the chosen blocks the residual stream's patches, (b, d, h, w) or (b, h*w, d)."""
         if output_fmt not in ("NCHW", "NLC"):
-            raise SvpError(f"output_fmt is {output_fmt!r}, expected NCHW or NLC", kind="usage")
+            raise SvpError(f"output_fmt is {output_fmt!r}, expected NCHW or NLC", 'output_fmt="NCHW"', "usage")
         wanted = _indices(indices, self.depth)
         taken = Taker(wanted)
         self.check_images(x)
@@ -273,6 +274,10 @@ class Block:
     def mixer(self, h: Tensor, at: int | None = None) -> Tensor:
         """(b, l, d) -> (b, l, d): both directions over one projection of the normed stream; at: that token alone, (b, 1, d)."""
         net, mod, seams = self.net, self.layer.mixer, self.seams
+        for name in CONVOLUTIONS:
+            if hasattr(mod, name) and not is_plain(getattr(mod, name), nn.Conv1d):
+                problem = f"{name} of block {self.i} carries a hook or wrapper, and {net.name} does not call that layer"
+                raise SvpError(problem, "remove it; `partial` trains the taps and biases", "usage")
         w = {name.removeprefix("mixer."): t for name, t in self.w.items() if name.startswith("mixer.")}
         extra = seams.beside(self.i) if seams.acts("beside") else {}
         memory = seams.memory(self.i, w) if seams.acts("memory") else None
@@ -299,6 +304,9 @@ INNER = (
 )  # a hook or wrapper on one of them acts on the path of single ops
 
 
+CONVOLUTIONS = ("conv1d", "conv1d_b")
+
+
 def direction(w: Weights, twin: str, memory: Scan) -> Direction:
     """The tensors in force of one direction."""
     return Direction(
@@ -310,7 +318,7 @@ def direction(w: Weights, twin: str, memory: Scan) -> Direction:
 
 def negative_exp(A_log: Tensor) -> Tensor:
     """A (e, n), in float32 or wider."""
-    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+    return -torch.exp(wide(A_log))
 
 
 def directions(
@@ -365,14 +373,12 @@ def published(name: str) -> tuple[str, ...] | None:
     return PUBLISHED.get(name)
 
 
-def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published files have our names."""
-    return tensors
-
-
 def compared(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes that a file must have to fit keywords of `Vim`."""
-    return {**SIZES, **{k: v for k, v in sizes.items() if k in (*SIZES, "embed_dim", "dt_rank")}}
+    needed = {**SIZES, **{k: v for k, v in sizes.items() if k in (*SIZES, "embed_dim", "dt_rank")}}
+    if "img_size" not in sizes:  # at its own size the number of tokens tells the stride
+        needed["stride"] = sizes.get("stride") or needed["patch_size"]
+    return needed
 
 
 # -- modules that hold the published tensors under the published names -------------------------------------------------

@@ -83,11 +83,17 @@ def command(**typed: Any) -> None:
         note(
             f"{data.source} has no test split: validation is measured, on which the epoch was selected", typed["quiet"]
         )
-    out = made(Path(typed["out"] or found.home / "eval" / ("" if is_own(found, data) else short_name(data.source))))
+    out = made(
+        Path(
+            typed["out"]
+            or found.home / "eval" / ("" if not typed["source"] or is_own(found, data) else short_name(data.source))
+        )
+    )
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device))
     scores = evaluate(
         model, data, split, batch_size=typed["batch_size"] or found.batch_size, device=str(device),
         amp=found.amp(device.type) if typed["amp"] == "auto" else typed["amp"], workers=typed["workers"],  # type: ignore[arg-type]
+        seed=found.settings.get("seed", 0),
     )  # fmt: skip
     what = f"{model.method_name} on {model.backbone.name}"
     files = keep(out, scores, what, data)
@@ -140,8 +146,8 @@ def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
 
 
 def is_own(found: Trained, data: Splits) -> bool:
-    """Whether these are the pictures of the run itself, as far as it says so."""
-    return (found.settings.get("data") or {}).get("hash") in (None, data.hash())
+    """Whether these are the pictures that the run was trained on; an adapter without a run says nothing of that."""
+    return (found.settings.get("data") or {}).get("hash") == data.hash()
 
 
 def made(folder: Path) -> Path:
@@ -203,9 +209,6 @@ def compare(found: Trained, data: Splits, scores: Evaluation, quiet: bool) -> No
     told = found.result.get(f"{scores.split}_accuracy")
     if told is None or abs(told - scores.accuracy) < 0.5 / scores.count:
         return
-    why = (
-        "the pictures are not the same"
-        if not is_own(found, data)
-        else "another machine, kernel or precision rounds differently"
-    )
+    changed = found.settings.get("data") and not is_own(found, data)
+    why = "the pictures are not the same" if changed else "another machine, kernel or precision rounds differently"
     note(f"the run itself reported {percent(told)} %: {why}", quiet)

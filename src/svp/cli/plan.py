@@ -137,7 +137,7 @@ def read_config(path: str) -> dict[str, Any]:
         if key not in CONFIG_KEYS:
             close = nearest(key, CONFIG_KEYS)
             raise SvpError(
-                f"{path}, line {lines[key]}: there is no setting '{key}'",
+                f"{path}, line {lines.get(key, 1)}: there is no setting '{key}'",
                 f"did you mean {close[0]}?" if close else f"settings are {', '.join(CONFIG_KEYS)}", "usage",
             )  # fmt: skip
     found = {
@@ -173,20 +173,22 @@ def read_config(path: str) -> dict[str, Any]:
     elif methods is not None:
         try:
             found["specs"] = tuple((m["name"], dict(m["options"])) for m in methods)
+            if not all(isinstance(name, str) for name, _ in found["specs"]):
+                raise TypeError
         except (KeyError, TypeError, ValueError) as err:
             raise wrong("methods" if "methods" in values else "method", "a name, or a list of {name, options}") from err
     if (recipe := values.get("recipe")) is not None:
         if not isinstance(recipe, (str, dict)):
             raise wrong("recipe", "a name, or fields of a recipe")
         found["recipe"] = recipe
-        found["recipe_line"] = lines["recipe"]
+        found["recipe_line"] = lines.get("recipe", 1)
     if (protocol := values.get("protocol")) is not None:
         found["protocol"] = _protocol(protocol, wrong)
     seeds = values.get("seeds", found.pop("seed", None))
     if seeds is not None:
         seeds = seeds if isinstance(seeds, list) else [seeds]
-        if not all(map(_is_count, seeds)):
-            raise wrong("seeds" if "seeds" in values else "seed", "whole numbers from 0")
+        if not seeds or not all(_is_count(seed) and seed < 2**63 for seed in seeds):
+            raise wrong("seeds" if "seeds" in values else "seed", "whole numbers from 0, at least one")
         found["seeds"] = tuple(seeds)
     if (reading := values.get("reading")) is not None:
         if (

@@ -69,7 +69,9 @@ SECTIONS = {
 @click.option("--weight-decay", type=Finite(low=0), help="Weight decay.")
 @click.option("--batch-size", "-b", type=click.IntRange(1, 1_000_000), help="Pictures of a forward pass.")
 @click.option("--accumulate", type=click.IntRange(1, 100_000), help="Forward passes of a step.")
-@click.option("--seed", type=click.IntRange(0), help="Of start values, order and augmentation.  [default: 0]")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Of start values, order and augmentation.  [default: 0]"
+)
 @click.option("--seeds", type=Seeds(), help="Several, for intervals: 0,1,2 or 0-4.")
 @click.option("--img-size", type=click.IntRange(1, 100_000), metavar="PIXELS", help="Side of what the network sees.")
 @click.option("--kernel", type=click.Choice(["auto", "reference", "cpu", "triton"]), help="Which selective scan answers.  [default: auto]")  # fmt: skip
@@ -186,7 +188,7 @@ def run_all(plan: Plan, net: Any, data: Splits, typed: dict[str, Any]) -> tuple[
                 introduce(plan, model, data, typed)
             if first:
                 say(model.summary().splitlines()[0], quiet)
-            was_finished = RunFolder(folder).result() is not None and not typed["overwrite"]
+            was_finished = not typed["overwrite"] and RunFolder(folder).result() is not None
             run = fit(
                 model, data, recipe=plan.recipe, seed=seed, out=folder, device=plan.device, amp=plan.amp,  # type: ignore[arg-type]
                 workers=plan.workers, resume=typed["resume"] and (folder in half or not half), overwrite=typed["overwrite"],

@@ -47,6 +47,8 @@ def load_published(
     depth = sizes["depth"]
     frozen = {k: t for k, t in found.tensors.items() if not k.startswith(("prompt_", "head."))}
     backbone = backbone or _own_backbone(sizes, frozen)
+    if ema:  # an average of equal numbers is rounded
+        frozen = {k: t for k, t in read_checkpoint(path, trust_pickle=trust_pickle).tensors.items() if k in frozen}
     _compare(path, backbone, frozen, report)
 
     options = _options(found, depth, report)
@@ -88,7 +90,7 @@ def convert_adapter(
 
 def _own_backbone(sizes: dict[str, Any], frozen: dict[str, torch.Tensor]) -> Backbone:
     module = BACKBONES.get("vim_small").load()
-    keywords = {k: v for k, v in sizes.items() if k not in ("tokens", "num_classes")}
+    keywords = {k: v for k, v in sizes.items() if k not in ("tokens", "num_classes", "stride")}
     fit = [
         name
         for name, row in module.VARIANTS.items()

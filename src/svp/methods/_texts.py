@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from svp.errors import SvpError
 from svp.extras import need
 from svp.methods._reprogram import SourceHead, reads_texts
+from svp.ops.precision import exactly, wide
 
 PLAIN = "This is a photo of a {}"  # arXiv 2203.17274; with a full stop it is the first of arXiv 2211.11635
 MANY = 81  # how many texts arXiv 2211.11635 and 2310.08381 make of one class
@@ -67,9 +68,9 @@ class TextHead(nn.Module):
         if not self.filled:
             self.fill()
         z = self.projection(x)
-        with torch.autocast(z.device.type, enabled=False):  # a hundred times a cosine has too few digits in 16 bits
-            cosine = F.normalize(_wide(z), dim=-1) @ F.normalize(_wide(self.text), dim=-1).T
-            return _wide(self.scale) * cosine
+        with exactly(z.device.type):  # a hundred times a cosine has too few digits in 16 bits
+            cosine = F.normalize(wide(z), dim=-1) @ F.normalize(wide(self.text), dim=-1).T
+            return wide(self.scale) * cosine
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -97,10 +98,6 @@ class TextHead(nn.Module):
 def source_logits(site, classes: tuple[str, ...] | None, num_classes: int, path: str | None) -> SourceHead | TextHead:
     """feature (b, d) -> what a map or layer reads: the frozen classifier's logits, on CLIP those of many texts of each class."""
     return TextHead(site, classes, num_classes, MANY, path) if reads_texts(site) else SourceHead(site.source_head)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from svp.errors import nearest
 from svp.methods._generator import Generator
 from svp.methods.base import Method
 from svp.ops import causal_conv1d, selective_scan
+from svp.ops.precision import wide
 from svp.options import option
 from svp.seams import Scan
 
@@ -103,7 +104,7 @@ def left_behind(x: Tensor, w, twin: str) -> tuple[Tensor, Tensor]:
     u = causal_conv1d(x, taps, w.get(f"conv1d{twin}.bias"), activation="silu")
     n, r = A_log.shape[1], w[f"dt_proj{twin}.weight"].shape[1]
     code, B, C = F.linear(u, w[f"x_proj{twin}.weight"], w.get(f"x_proj{twin}.bias")).split([r, n, n], dim=-1)
-    A = -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+    A = -torch.exp(wide(A_log))
     _, state = selective_scan(
         u, F.linear(code, w[f"dt_proj{twin}.weight"]), A, B, C, delta_bias=w[f"dt_proj{twin}.bias"], delta_softplus=True,
         return_last_state=True,

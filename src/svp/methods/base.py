@@ -115,7 +115,7 @@ def options_of(cls: type[Method], values: dict[str, Any], name: str) -> Any:
 
 
 class Several(Method):
-    """Methods that act together: `svp+lora`. Wrappers nest in the order given (the first is outermost, after raw pixels)."""
+    """Methods that act together: `svp+lora`. Wrappers nest by `order`, then by the names' (the first is outermost)."""
 
     def __init__(self, parts: Sequence[tuple[str, Method]]):
         nn.Module.__init__(self)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svp.errors import SvpError
 from svp.methods.base import Method, Phase
 from svp.methods.vp import framed, size_of
+from svp.ops.precision import exactly
 from svp.options import option
 
 FRAME = ("up", "down", "left", "right")
@@ -86,7 +87,7 @@ class DAMVP(Method):
         frames = framed(*(getattr(self, part) for part in FRAME)).to(images.dtype)  # (m, 3, H, W)
         if len(frames) == 1:
             return images + frames
-        with torch.autocast(images.device.type, enabled=False):  # a cluster is no matter of rounding
+        with exactly(images.device.type):  # a cluster is no matter of rounding
             return images + frames[self.nearest(run.frozen(images))]
 
     def nearest(self, feature: Tensor) -> Tensor:

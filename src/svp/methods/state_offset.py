@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svp.methods._layers import same_states
 from svp.methods.base import Method
+from svp.ops.precision import exactly
 from svp.options import option
 from svp.seams import Scan
 
@@ -77,6 +78,6 @@ class StateOffset(Method):
 
     def factored(self, i: int) -> Tensor:
         """(k, e, n) of block i from its factors."""
-        with torch.autocast(self.up[i].device.type, enabled=False):  # as exact as the unfactored one
+        with exactly(self.up[i].device.type):  # as exact as the unfactored one
             product = self.up[i] @ self.down[i]  # (k, e / ratio, n ratio)
         return product.reshape(len(product), *self.sizes[i])

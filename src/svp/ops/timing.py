@@ -34,7 +34,8 @@ def spread(seconds: list[float]) -> dict[str, object]:
 
 def timed(function: Callable[[], object], device: str = "cpu") -> tuple[float, float]:
     """(wall, CPU) seconds of one call; on a GPU until it has finished."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.partition(":")[0], _nothing)
+    kinds = {"cuda": lambda: torch.cuda.synchronize(device), "mps": torch.mps.synchronize}
+    wait = kinds.get(device.partition(":")[0], _nothing)
     wait()
     wall, cpu = time.perf_counter(), time.process_time()
     function()

@@ -49,7 +49,6 @@ class Snapshot:
     average: State = field(default_factory=dict)
     generator: Tensor | None = None  # of run.generator, which methods may draw from
     entries: dict[int, State] = field(default_factory=dict)  # what `begin` of each phase so far was given
-    options: dict[str, Any] = field(default_factory=dict)  # the method's, as `begin` resolved them
 
 
 def to_bytes(snapshot: Snapshot) -> bytes:

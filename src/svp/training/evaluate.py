@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from svp.errors import SvpError
+from svp.ops.precision import wide
 from svp.training.feed import Batch, chance, evaluation_feed, my_batches, prepared
 from svp.training.machine import Amp, Team, autocast, default_workers, device_named, precision
 
@@ -71,9 +72,11 @@ def evaluate(
     device: str = "auto",
     amp: Amp = "auto",
     workers: int | None = None,
+    seed: int = 0,
 ) -> Evaluation:
     """Measure a model on one split of a source ("train" is shown as in evaluation, too).
 
+    seed: of the draws of a method that draws in evaluation (`vp` with `random_at_eval`).
     Raises SvpError when there is no such split, or its classes are not the model's.
     """
     from svp.data.sources import open_data
@@ -89,7 +92,7 @@ def evaluate(
         default_workers(place) if workers is None else workers,
     )
     used = precision(amp, None, place)
-    with chance(place, 0):
+    with chance(place, seed):
         logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)
     return score(logits, labels, splits.classes, split)
 
@@ -109,12 +112,13 @@ def in_order_of(model: AdaptedModel, data: Splits) -> Splits:
         return data
     index = np.array([names.index(name) for name in data.classes])
 
+    done: dict[int, Any] = {}  # two splits that are one stay one
+
     def turned(part: Split | None) -> Any:
-        if part is None:
-            return None
-        part = copy.copy(part)
-        part.labels = index[part.labels]
-        return part
+        if part is not None and id(part) not in done:
+            done[id(part)] = copy.copy(part)
+            done[id(part)].labels = index[part.labels]
+        return done.get(id(part))
 
     return data.but(train=turned(data.train), val=turned(data.val), test=turned(data.test), classes=names)
 
@@ -141,8 +145,7 @@ def predictions(
             between()
             with autocast(device, amp):
                 logits = (forward or model)(images)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            rows.append((index.cpu().numpy(), labels.cpu().numpy(), wide.cpu().numpy()))
+            rows.append((index.cpu().numpy(), labels.cpu().numpy(), wide(logits).cpu().numpy()))
     finally:
         model.train(training)
     rows = [row for part in team.gather(rows) for row in part]

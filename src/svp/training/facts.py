@@ -10,6 +10,7 @@ import torch
 
 from svp.backbones.base import Backbone
 from svp.data import kept
+from svp.data.pictures import shown
 from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Method, parts_of
@@ -37,7 +38,7 @@ def check(data: Splits, recipe: Recipe) -> None:
     if recipe.drop_last and count < recipe.step_size:
         raise SvpError(
             f"{data.source} has {count} training pictures, a step takes {recipe.step_size} and drop_last leaves none",
-            f"--batch-size {count - count % 2 or 1}, or -r drop_last=false", "usage",
+            f"--batch-size {max(count // recipe.accumulate // 2 * 2, 1)}, or -r drop_last=false", "usage",
         )  # fmt: skip
     if recipe.mixes and count < 2:
         raise SvpError("mixup and cutmix pair pictures, there is one", "-r mixup=0 -r cutmix=0", "usage")
@@ -146,7 +147,7 @@ def result_of(
 
 def card_of(result: dict[str, Any]) -> str:
     """The lines of the model card that only a run knows."""
-    rows = [("trained on", result["source"]), ("protocol", result["protocol"]), ("seed", result["seed"])]
+    rows = [("trained on", shown(result["source"])), ("protocol", result["protocol"]), ("seed", result["seed"])]
     for name in ("val_accuracy", "test_accuracy"):
         if result[name] is not None:
             chosen = ", of the epoch that is best on test" if result["selection"] == "test_best" else ""

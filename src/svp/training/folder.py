@@ -252,7 +252,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
     clean = _finite(plain(value), "", strange)
     if strange:
         clean["not_finite"] = strange
-    return json.dumps(clean, indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(clean, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # bytes of a name that are no text, as JSON's own escapes
 
 
 def _finite(value: Any, where: str, strange: list[str]) -> Any:

@@ -146,6 +146,7 @@ class Training:
         self.best_saved = 0  # the epoch whose tensors lie in the folder
         self.trained: checkpoint.State | None = None  # what trains, while the average stands in its place
         self.is_ready = False  # a phase has begun: there is a state worth saving
+        self.size_in_use = "batch_size"  # or "eval_batch_size": what memory that runs out was asked for
         self.feeds: dict[str, Feed | FeatureFeed] = {}
         self.selects_on = "test" if data.protocol.select == "test_best" else "val"
         self.clock = self.saved_at = self.told_at = time.monotonic()
@@ -187,6 +188,7 @@ class Training:
             self.model.backbone.set_grad_checkpointing(True)
         self.groups = parameter_groups(self.model.named_parameters(), recipe, self.method.groups())
         self.optimizer = optimizer_for(self.groups, recipe)
+        self.optimizer.zero_grad(set_to_none=True)  # what a loop of the caller's, or a step that failed, has left
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.criterion = Criterion(recipe.label_smoothing)
@@ -352,6 +354,7 @@ class Training:
 
     def measure(self, name: str) -> Evaluation:
         """Score a split with the tensors as they are."""
+        self.size_in_use = "eval_batch_size"
         split = self.data.split(name)
         if name not in self.feeds:
             cached = self.caches_features()
@@ -366,6 +369,7 @@ class Training:
             logits, labels = predictions(
                 self.model, batches, self.team, self.device, self.amp, forward, between=self.stop_if_asked
             )
+        self.size_in_use = "batch_size"
         return score(logits, labels, self.data.classes, name)
 
     def caches_features(self) -> bool:
@@ -473,7 +477,6 @@ class Training:
         snapshot = Snapshot(
             p, state, self.optimizer.state_dict(), self.scaler.state_dict(), self.average.values if self.average else {},
             self.handle.generator.get_state(), self.entries,
-            {name: opt for (name, _), opt in zip(self.model.specs, _options(self.method), strict=True)},
         )  # fmt: skip
         best = None
         if self.best is not None and p.best_epoch != self.best_saved:
@@ -541,11 +544,17 @@ class Training:
             if isinstance(err, NotImplementedError) or not machine.is_out_of_memory(err):
                 raise
             self.save()
-            n, (h, w) = self.recipe.batch_size, self.model.preprocessing.crop
-            smaller = f"--batch-size {max(n // 2, 1)} --accumulate {self.recipe.accumulate * 2} trains the same"
+            (h, w), name = self.model.preprocessing.crop, self.size_in_use
+            n, ways = getattr(self.recipe, name), []
+            if name == "eval_batch_size":
+                ways += [f"-r eval_batch_size={n // 2} gives the same numbers"] if n > 1 else []
+            else:
+                if n % (4 if self.recipe.mixes else 2) == 0:
+                    ways.append(f"--batch-size {n // 2} --accumulate {self.recipe.accumulate * 2} trains the same")
+                ways.append("-r grad_checkpointing=true takes less memory and more time")
+            ways.append("--amp bf16 halves the activations on a GPU")
             raise SvpError(
-                f"memory ran out on {self.device} with batch_size {n} of {h} x {w} pixels",
-                f"{smaller}; -r grad_checkpointing=true takes less memory and more time; --amp bf16 halves the activations on a GPU",
+                f"memory ran out on {self.device} with {name} {n} of {h} x {w} pixels", "; ".join(ways)
             ) from err
 
 

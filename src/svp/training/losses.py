@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svp.ops.precision import wide
 from svp.training.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ class Criterion(nn.Module):
         self.smoothing = smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = wide(logits)
         if target.is_floating_point():
             return F.cross_entropy(logits, target.to(logits.dtype))
         return F.cross_entropy(logits, target, label_smoothing=self.smoothing)

@@ -216,6 +216,8 @@ def join_team(device: torch.device) -> Team:
     dist = torch.distributed
     if not dist.is_available():
         return Team()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL speaks from the current one
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
             return Team()

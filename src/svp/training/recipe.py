@@ -137,7 +137,12 @@ def resolve(recipe: Recipe, default_lr: float) -> Recipe:
         raise SvpError(f"mixup and cutmix pair pictures: batch_size {recipe.batch_size} is odd", hint, "usage")
     for name, pair in (("betas", recipe.betas), ("crop_scale", recipe.crop_scale), ("crop_ratio", recipe.crop_ratio)):
         if len(pair) != 2:
-            raise SvpError(f"{name} of the recipe has {len(pair)} numbers, expected two", f"-r {name}=[0.5,1]", "usage")
+            form = "[0.9,0.999]" if name == "betas" else "[0.5,1]"
+            raise SvpError(f"{name} of the recipe has {len(pair)} numbers, expected two", f"-r {name}={form}", "usage")
+    if max(recipe.betas) >= 1:
+        raise SvpError(
+            f"betas of the recipe are {list(recipe.betas)}, expected less than 1", "-r betas=[0.9,0.999]", "usage"
+        )
     if recipe.warmup_unit == "fraction" and recipe.warmup > 1:
         raise SvpError(
             f"warmup of the recipe is {recipe.warmup} of all steps, expected at most 1",

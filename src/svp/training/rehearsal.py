@@ -47,6 +47,7 @@ def rehearse(
     preprocessing, training, before = model.preprocessing, model.training, next(model.backbone.parameters()).device
     model.preprocessing = prepared(preprocessing, splits)
     model.to(place)
+    phases = model.method.phases(chosen)
     steps = training_order(len(splits.train), chosen, seed, 0, 0)
     try:
         model.train()
@@ -70,6 +71,6 @@ def rehearse(
     settings["recipe"]["epochs"] = epochs
     return {
         **copy.deepcopy(settings), "device": str(place), "loss": value, "seconds_per_batch": seconds,
-        "steps_per_epoch": len(steps), "steps": len(steps) * epochs, "threads": torch.get_num_threads(),
+        "steps_per_epoch": len(steps), "steps": len(steps) * sum(phase.recipe.epochs for phase in phases) if epochs else 0, "threads": torch.get_num_threads(),
         "peak_memory_bytes": machine.peak_memory_bytes(place),
     }  # fmt: skip

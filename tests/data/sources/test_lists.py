@@ -44,6 +44,15 @@ def test_vtab_lines_that_are_wrong(tree, bad, words):
     assert words in caught.value.problem and caught.value.kind == "data" and caught.value.hint
 
 
+@pytest.mark.parametrize("source", [".", "../tree", "folder:."])
+def test_a_line_leads_out_of_a_folder_however_the_folder_is_named(tree, source, monkeypatch):
+    root = vtab(tree, {"train800.txt": ["images/0.png 0", "../x.png 1", *lines(1, start=4)]})
+    (root.parent / "x.png").write_bytes((root / "images" / "1.png").read_bytes())
+    monkeypatch.chdir(root)
+    with pytest.raises(SvpError, match="which lies outside"):
+        open_data(source.replace("tree", root.name))
+
+
 def test_how_many_pictures_are_missing(tree):
     root = vtab(tree, {"train800.txt": ["images/0.png 0", *lines(1, 1, 1, start=50)]})
     with pytest.raises(

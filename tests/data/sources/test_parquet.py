@@ -149,7 +149,18 @@ def test_one_class_and_none(tmp_path):
     write(tmp_path / "train-0.parquet", [1, 1])
     assert "it has only 'bee'" in refused(tmp_path)
     write(tmp_path / "train-0.parquet", [], image=pa.array([], pa.struct({"bytes": pa.binary()})))
+    assert "holds no pictures" in refused(tmp_path)
+    write(tmp_path / "test-0.parquet", [0, 1])
     assert "it has none" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_empty_split_is_none(tmp_path, split):
+    write(tmp_path / "train-0.parquet", [0, 1] * 6)
+    write(tmp_path / f"{split}-0.parquet", [], image=pa.array([], pa.struct({"bytes": pa.binary()})))
+    data = open_data(tmp_path)
+    assert data.test is None and len(data.val) > 0
+    assert f"{'val' if split == 'validation' else split} holds no pictures" in data.notes
 
 
 def test_a_broken_picture_names_its_row(tmp_path):

@@ -33,12 +33,19 @@ def finished(splits: Splits, request: Request, by_number: bool = False) -> Split
         note = f"pictures are not mirrored: the folder's name speaks of {forbidden}"
         splits = splits.but(may_flip=False).noted(note)
     splits = _without_bad(splits, request.whole) if request.skip else splits
-    splits = splits.noted(_changes_note(splits)).but(reading=request.reading)
+    splits = _without_empty(splits).noted(_changes_note(splits)).but(reading=request.reading)
     if request.whole:
         return _as_one(splits)
     splits = _classes_checked(splits, by_number)
     splits = by_protocol(splits, request.seed)
     return splits.noted(*_duplicates(splits))
+
+
+def _without_empty(splits: Splits) -> Splits:
+    if not any(map(len, splits.parts.values())):
+        raise SvpError(f"{splits.source} holds no pictures", "add pictures", "data")
+    empty = [name for name, part in splits.parts.items() if name != "train" and not len(part)]
+    return splits.but(**dict.fromkeys(empty)).noted(*(f"{name} holds no pictures" for name in empty))
 
 
 def _as_one(splits: Splits) -> Splits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from svp.data.sources.request import Request
-from svp.data.splits import Arrays, Splits
+from svp.data.splits import Arrays, Splits, by_protocol
 
 CLASSES = tuple("0123456789")
 
@@ -26,7 +26,8 @@ def open_source(request: Request) -> Splits:
     pixels = np.repeat(grey[..., None], 3, axis=3)
     train_, val_, test_ = (Arrays(pixels[i], labels[i], [f"digits/{k}" for k in i]) for i in index.values())
     raw = {name: (scans[i], labels[i]) for name, i in index.items()}
-    return Splits(
+    splits = Splits(
         request.source, train_, val_, test_, CLASSES, may_flip=False, protocol=request.protocol, resize="exact",
         pixels=raw.get,
     )  # fmt: skip
+    return by_protocol(splits, request.seed)

@@ -27,6 +27,8 @@ def open_source(request: Request) -> Splits:
         parts, classes, found = *fgvc(root), "split files of FGVC (train.json)"
     else:
         parts, classes, found = _folders(root, walk, request.whole)
+    if "train" not in parts:
+        raise SvpError(f"{shown(root)} holds no pictures in its class folders", "add pictures", "data")
     files = {name: Files(paths, labels, str(root), request.max_pixels) for name, (paths, labels) in parts.items()}
     opened = Splits(
         request.source, files["train"], files.get("val"), files.get("test"), classes, protocol=request.protocol,  # type: ignore[arg-type]

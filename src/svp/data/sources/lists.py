@@ -120,7 +120,7 @@ def _found(root: Path, name: str, where: str) -> str:
 
 
 def _inside(root: Path, path: Path, where: str) -> str:
-    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root)):
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
         raise SvpError(
             f"{where} names {shown(path)}, which lies outside {shown(root)}", "paths must stay inside", "data"
         )

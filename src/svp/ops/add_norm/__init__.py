@@ -19,9 +19,10 @@ class Term(NamedTuple):
     act: str = "none"
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = (
-    Kernel("cpu", "svp.ops.add_norm.cpu:add_norm", "cpu", (torch.float32,)),
-    Kernel("triton", "svp.ops.add_norm.triton:add_norm", "cuda", (torch.float32, torch.bfloat16, torch.float16)),
+    Kernel("cpu", "svp.ops.add_norm.cpu:add_norm", "cpu", DTYPES),
+    Kernel("triton", "svp.ops.add_norm.triton:add_norm", "cuda", DTYPES),
     Kernel("reference", "svp.ops.add_norm.reference:add_norm"),
 )
 

@@ -21,7 +21,7 @@ def missing() -> str | None:
 
 def add_norm(x, residual, weight, eps, terms, skip) -> tuple[Tensor, Tensor]:
     """As the reference, in float32."""
-    return called(torch.ops.svp.add_norm_cpu, x, residual, weight, eps, terms, skip, (torch.float32,))
+    return called(torch.ops.svp.add_norm_cpu, x.float(), residual, weight, eps, terms, skip, (torch.float32,))
 
 
 LIB = declare("add_norm_cpu")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svp.ops.precision import wide
+
 
 def identity(x: Tensor) -> Tensor:
     return x
@@ -22,14 +24,14 @@ def add_norm(
     """Shapes as `svp.ops.add_norm`."""
     x = with_terms(x, terms, skip)
     stream = x if residual is None else x + residual
-    stream = stream if stream.dtype == torch.float64 else stream.float()
+    stream = wide(stream)
     return rms_norm(stream, weight, eps, weight.dtype), stream
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last axis, in float32 or wider, returned as dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (F.rms_norm(wide, wide.shape[-1:], None, eps) * weight.to(wide.dtype)).to(dtype)
+    x = wide(x)
+    return (F.rms_norm(x, x.shape[-1:], None, eps) * weight.to(x.dtype)).to(dtype)
 
 
 def with_terms(x: Tensor, terms: tuple, skip: tuple[int, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from svp.backbones.base import Backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.model import AdaptedModel, MethodSpec, adapt
+from svp.ops.precision import wide
 from svp.training.machine import autocast
 
 CLASSES = 200
@@ -104,8 +105,7 @@ class Step:
         try:
             with self.precision():
                 logits = self.forward(self.images)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            F.cross_entropy(wide, self.labels).backward()
+            F.cross_entropy(wide(logits), self.labels).backward()
         finally:
             self.around(False)
         return logits.detach()
