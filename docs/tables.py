@@ -78,6 +78,8 @@ def table(name: str) -> str:
         return methods_on(part, found)
     if kind == "gpu":
         return gpu_scan(found) if part == "scan" else gpu_step(found)
+    if kind == "scan":
+        return scan_rows(found)
     if "lora" in found:
         return lora_rows(found)
     return model_card(found) if "stages" in found else results(found)
@@ -268,6 +270,26 @@ def gpu_scan(found: dict) -> str:
     )
 
 
+def scan_rows(found: dict) -> str:
+    """What `benchmarks/scan.py --json` wrote: ours beside its peers and the floor of the same run."""
+    m, rows = found["machine"], []
+    for run in found["runs"] + found["levels"]:
+        ours = run["candidates"]["ours"]["min_ms"]
+        peers = [run["candidates"].get(name) for name in ("loop", "pscan")]
+        rows.append((
+            run.get("level", m["level"]), str(run.get("states", 16)), str(run["threads"]),
+            "with backward" if run["backward"] else "forward", f"{ours:.1f}",
+            *(f"{peer['min_ms'] / ours:.1f}" if peer else "-" for peer in peers), f"{ours / run['floor_ms']:.2f}",
+        ))  # fmt: skip
+    heads = ("level", "states", "threads", "part", "ms, least", "loop / ours", "pscan / ours", "ours / floor")
+    b, e, tokens, _ = found["shape"]
+    return markdown(heads, rows) + (
+        f"\n{b} pictures of {tokens} tokens, {e} channels, on {m['cpu']}; torch {m['torch']}, svp at {m['commit']}; *loop*: the "
+        "recurrence token by token in PyTorch; *pscan*: mambapy's parallel scan; *floor*: exponentials, multiply-adds and bytes at "
+        "the rates of this processor; `benchmarks/scan.py`.\n"
+    )
+
+
 def gpu_step(found: dict) -> str:
     """What `svp bench --device cuda --json` wrote, of one size."""
     (run,) = found["runs"]
@@ -277,10 +299,15 @@ def gpu_step(found: dict) -> str:
          f"{run['batch_size'] / line['seconds']['min']:,.0f}", shown(line["speed_over_vit"], ".2f"))
         for line in run["rows"]
     ]  # fmt: skip
-    return (
-        markdown(("part", "row", "ms, least", "median", "images/s", "of ViT's speed"), lines)
-        + f"\n{found['asked']['backbone']}, {run['img_size']} px, batch {run['batch_size']}, {found['asked']['amp']}; "
-        + "`svp bench --device cuda --amp bf16 --img-size 224 --batch-size 96 --only ours,mamba_ssm,vit`.\n"
+    asked, gpu = found["asked"], found["machine"]["gpus"][0]["name"]
+    names = ",".join(dict.fromkeys(line["row"] for line in run["rows"]))
+    command = (
+        f"svp bench --device cuda --amp {asked['amp']} --img-size {run['img_size']} --batch-size {run['batch_size']} "
+        f"--seconds {asked['seconds']:g} --only {names}"
+    )
+    dirty = ", with changes not committed then" if found["git"].endswith("-dirty") else ""
+    return markdown(("part", "row", "ms, least", "median", "images/s", "of ViT's speed"), lines) + (
+        f"\n{asked['backbone']} on {gpu}, torch {found['versions']['torch']}, svp at {found['git'][:12]}{dirty}; `{command}`.\n"
     )
 
 
@@ -296,7 +323,7 @@ def bench_machine(found: dict) -> str:
     errors = ", ".join(f"{c['row']} {c['error']:.0e}" for c in found["checks"])
     return (
         f"{found['asked']['backbone']}, method {found['asked']['method']}, float32, on {m['cpu']}, {m['cores']} cores, "
-        f"{m['level']} kernels, torch {found['versions']['torch']}, svp at {(found['git'] or 'unknown')[:12]}{left_out}; the least of {rounds} round{'s' * (rounds != 1)} or more. "
+        f"{m['level']} kernels, torch {found['versions']['torch']}, svp at {(found['git'] or 'unknown')[:12]}{left_out}; the least of {rounds} round{'s' * (rounds != 1)}. "
         f"Largest errors against float64, of a tensor's largest entry: {errors}.\n"
     )
 
