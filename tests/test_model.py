@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import svp.model
+import svp.model.adapting
 from svp.backbones.checkpoints import save_backbone
 from svp.backbones.create import create_backbone
 from svp.errors import SvpError
@@ -155,7 +155,7 @@ class Dead(Method):
 
 
 def test_the_probe_names_what_has_no_effect(monkeypatch):
-    monkeypatch.setattr(svp.model, "method_class", lambda name: Dead)
+    monkeypatch.setattr(svp.model.adapting, "method_class", lambda name: Dead)
     with pytest.raises(SvpError, match=r"2 tensors without any effect: method\.unread, method\.cut"):
         adapt(backbone(), "dead", num_classes=5)
 

@@ -109,4 +109,4 @@ def test_an_adapter_that_is_no_run(svp, trained, photos, tmp_path):
     assert svp("predict", tmp_path / "mine", photos / "test" / "red").code == 0
     (tmp_path / "mine" / "adapter_config.json").write_text('{"format": 1, "backbone": {"name": "vim_tiny"}}')
     told = svp("predict", tmp_path / "mine", photos / "test" / "red")
-    assert told.code == 1 and "adapter_config.json: the field 'methods' is missing or wrong" in told.err
+    assert told.code == 1 and "adapter_config.json: the field 'img_size' is missing or wrong" in told.err

@@ -54,11 +54,13 @@ def command(**typed: Any) -> None:
     IN is a file, or the folder of a LoRA that peft saved. A backbone becomes .safetensors or .pth, as OUT ends; an adapter
     trained with the authors' code or with peft becomes a folder that svp eval, svp predict and svp.load read.
     """
+    from svp.model.folder import CONFIG
+
     source, target = Path(typed["source"]).expanduser(), Path(typed["target"]).expanduser()
     if bool(typed["backbone"]) != bool(typed["weights"]):
         raise SvpError("--backbone and --weights belong together", "--backbone vim_small --weights FILE", "usage")
     refuse(source, target, typed["overwrite"])
-    if any((source / part / "adapter_config.json").is_file() for part in ("", "model")):  # or in a run folder
+    if any((source / part / CONFIG).is_file() for part in ("", "model")):  # or in a run folder
         show(adapter_folder(source, target, typed), target, True, typed)
         return
     if typed["to"]:

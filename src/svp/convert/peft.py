@@ -19,9 +19,9 @@ from svp.errors import SvpError
 from svp.methods._layers import is_vit, layers
 from svp.methods.lora import EMBED, MAMBA_TARGETS, VIT_TARGETS, Lora
 from svp.model import AdaptedModel, adapt, load, read_json, write_folder
+from svp.model.folder import CONFIG, TENSORS  # peft names its files so
 from svp.seams import Site
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FRONT = "base_model.model."
 PARTS = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_magnitude_vector": "norm"}
 TARGETS = {"x_proj_b": "x_proj", "dt_proj": "dt", "dt_proj_b": "dt"}  # layer: our target where the words differ

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from svp.errors import SvpError
+from svp.model.folder import TENSORS
 from svp.training.config import differences, plain, read_yaml, to_yaml
 
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.yaml", "metrics.jsonl", "result.json", "predictions.csv"
@@ -152,7 +153,7 @@ class RunFolder:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self.path / MODEL / "adapter_model.safetensors"
+        path = self.path / MODEL / TENSORS
         try:
             return load_file(path)
         except (OSError, SafetensorError) as err:

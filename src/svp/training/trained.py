@@ -12,10 +12,9 @@ from svp.data.pictures import read_picture
 from svp.data.protocols import DEFAULT, Protocol
 from svp.errors import SvpError, nearest
 from svp.model import AdaptedModel, Prediction, load, read_json
+from svp.model.folder import CONFIG as ADAPTER
 from svp.options import build
 from svp.training.folder import CONFIG, MODEL, RunFolder
-
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
