@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from svp.ops.dispatch import transformed
 from svp.ops.precision import exactly
 from svp.preprocessing import Preprocessing
 from svp.seams import Seams, Site, Tokens, Weights
+
+if TYPE_CHECKING:
+    from svp.backbones.checkpoints import Report
 
 PLAIN = Seams()
 UNPREPARED = 20.0  # never negative and above this: pixel values that nobody has normalised
@@ -42,6 +46,9 @@ class Backbone(nn.Module):
     grad_checkpointing: bool = False
     stored_positions: str | None = None  # digest of the file's position table when it was resized on loading
     weights_from: str = "random"
+    pos_resize: str = "middle"  # how its position table is resized where it was made for another picture size
+    overrides: Mapping[str, Any] = MappingProxyType({})  # keywords beside those of its name
+    report: Report | None = None  # what became of every key of its file
 
     # -- the function --------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,6 @@ def resize_positions(
     grid: tuple[int, int],
     cls: tuple[int, ...],
     source_grid: tuple[int, int] | None = None,
-    source_cls: tuple[int, ...] | None = None,
     mode: str = "middle",
 ) -> Tensor:
     """A position table for another grid.
@@ -36,7 +35,6 @@ def resize_positions(
     table        (1, patches + class tokens, d)
     grid         (h, w) wanted; cls: rows of the class tokens in the result (Vim: h*w // 2)
     source_grid  (h, w) of `table`; a square unless given
-    source_cls   rows of the class tokens in `table`; where the same kind sits in the source unless given
     mode         "middle": class rows are taken out and put back unchanged, patches bicubic (a = -0.75, no antialias);
                  "repo": as the published fine-tuning does it, which takes row 0 for the class row whatever it is
     returns      (1, h*w + class tokens, d)
@@ -49,9 +47,8 @@ def resize_positions(
     if mode == "repo":
         patches = _bicubic(table[:, len(cls) :], source_grid, grid)
         return torch.cat([table[:, : len(cls)], patches], dim=1)
-    if source_cls is None:
-        at_head = cls == tuple(range(len(cls)))  # class and register tokens
-        source_cls = cls if at_head else tuple(_same_kind(t, grid[0] * grid[1], count) for t in cls)
+    at_head = cls == tuple(range(len(cls)))  # class and register tokens
+    source_cls = cls if at_head else tuple(_same_kind(t, grid[0] * grid[1], count) for t in cls)
     keep = [t for t in range(table.shape[1]) if t not in source_cls]
     patches = _bicubic(table[:, keep], source_grid, grid)
     places = [t for t in range(patches.shape[1] + len(cls)) if t not in cls]

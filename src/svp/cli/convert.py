@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,13 +111,13 @@ def adapter_folder(source: Path, target: Path, typed: dict[str, Any]) -> Report:
     if not is_peft(source):
         if not typed["to"]:
             raise SvpError(f"{source} is an adapter of this package already", "--to peft writes a LoRA in peft's layout", "usage")  # fmt: skip
-        return written(target, lambda: convert_to_peft(source, target, base(typed)))
+        return convert_to_peft(source, target, base(typed))
     if typed["to"]:
         raise SvpError(f"{source} is in peft's layout already", "leave --to out", "usage")
     net = base(typed)
     if net is None:
         raise SvpError(f"{source} does not hold the network that it was trained on", "--backbone NAME --weights FILE", "usage")  # fmt: skip
-    return written(target, lambda: convert_from_peft(source, target, net))
+    return convert_from_peft(source, target, net)
 
 
 def adapter(source: Path, target: Path, net: Backbone | None, reading: dict[str, bool]) -> Report:
@@ -128,16 +127,7 @@ def adapter(source: Path, target: Path, net: Backbone | None, reading: dict[str,
         raise SvpError(
             f"{source} is an adapter, which becomes a folder", f"svp convert {source} {target.with_suffix('')}", "usage"
         )
-    return written(target, lambda: convert_adapter(source, target, backbone=net, **reading))
-
-
-def written(target: Path, write: Callable[[], Report]) -> Report:
-    try:
-        return write()
-    except OSError as err:
-        raise SvpError(
-            f"{target} cannot be written: {err.strerror or err}", "check the folder and its disk", "env"
-        ) from err
+    return convert_adapter(source, target, backbone=net, **reading)
 
 
 def show(report: Report, target: Path, is_adapter: bool, typed: dict[str, Any]) -> None:

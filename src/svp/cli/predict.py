@@ -73,9 +73,9 @@ def command(**typed: Any) -> None:
     count = len(files) + len(lost)
     labels, top = counted(labels, count, typed["quiet"]), min(top, model.num_classes)
     if typed["as_json"]:
-        bad = print_list(labels, top)
+        bad = print_list(labels)
     else:
-        bad = print_csv(labels, top) if typed["as_csv"] else print_lines(labels, top)
+        bad = print_csv(labels, top) if typed["as_csv"] else print_lines(labels)
     if bad:
         tell(bad, count)
 
@@ -119,7 +119,7 @@ def readable(labels: Iterator[Prediction | Unread], bad: list[Unread]) -> Iterat
             yield p
 
 
-def print_lines(labels: Iterator[Prediction | Unread], top: int) -> list[Unread]:
+def print_lines(labels: Iterator[Prediction | Unread]) -> list[Unread]:
     from svp.data.pictures import shown
 
     bad: list[Unread] = []
@@ -138,7 +138,7 @@ def print_csv(labels: Iterator[Prediction | Unread], top: int) -> list[Unread]:
     return bad
 
 
-def print_list(labels: Iterator[Prediction | Unread], top: int) -> list[Unread]:
+def print_list(labels: Iterator[Prediction | Unread]) -> list[Unread]:
     """One object a picture, in order; one that was left out has an error and no label."""
     from svp.cli.words import print_json
     from svp.training.trained import Unread

@@ -209,7 +209,6 @@ def introduce(plan: Plan, model: AdaptedModel, data: Splits, typed: dict[str, An
     from svp.training.machine import device_named, kernel_name
 
     device, net = device_named(plan.device), model.backbone
-    report: Any = net.report
     p = prepared(model.preprocessing, data)
     level = f" ({native_words()})" if kernel_name(net, device) == "cpu" else ""
     cut = "straight to" if p.exact else f"shorter side {p.shorter_side}, centre crop"
@@ -217,7 +216,7 @@ def introduce(plan: Plan, model: AdaptedModel, data: Splits, typed: dict[str, An
         f"{data.source}: {data.num_classes} classes; pictures {cut} {p.crop[0]} x {p.crop[1]}, {p.interpolation}",
         typed["quiet"],
     )
-    for text in report.notes:
+    for text in net.report.notes if net.report else ():
         if not text.startswith("head."):  # the network's own head is not used
             note(f"{net.weights_from}: {text}", typed["quiet"])
     say(f"{net.name}, weights {net.weights_from}; scan kernel {kernel_name(net, device)}{level}", typed["quiet"])
@@ -282,7 +281,7 @@ def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str
     model = model_of(plan, wanted, net, data, plan.seeds[0])
     found = one_batch(model, data, recipe=plan.recipe, seed=plan.seeds[0], device=plan.device, amp=plan.amp)  # type: ignore[arg-type]
     minutes = found["steps"] * found["seconds_per_batch"] * plan.recipe.accumulate / 60
-    told = {**found, "method": wanted.label, "trainable": model.num_trainable(True), "minutes": minutes}
+    told = {**found, "method": wanted.label, "trainable": model.num_trainable(head=True), "minutes": minutes}
     if typed["as_json"]:
         return told
     rows = [[name, _words(value), origin] for name, value, origin in _settings(plan, wanted, found, typed["out"])]

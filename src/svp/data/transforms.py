@@ -50,8 +50,8 @@ class EvalTransform:
 
     is_random = False
 
-    def __init__(self, p: Preprocessing, exact: bool = False):
-        self.p, self.exact = p, exact or p.exact
+    def __init__(self, p: Preprocessing):
+        self.p = p
         self.filter = Image.Resampling[p.interpolation.upper()]
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
 
@@ -65,7 +65,7 @@ class EvalTransform:
     def cropped(self, picture: Image.Image) -> Image.Image:
         """The pixels that the network will see, (H, W), 8 bits."""
         h, w = self.p.crop
-        if self.exact:
+        if self.p.exact:
             return picture.resize((w, h), self.filter)
         width, height = picture.size
         side = self.p.shorter_side
@@ -122,21 +122,19 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def eval_transform(p: Preprocessing, exact: bool = False) -> EvalTransform:
-    """The evaluation transform; exact: straight to the crop's size without keeping the aspect."""
-    return EvalTransform(p, exact)
+def eval_transform(p: Preprocessing) -> EvalTransform:
+    """The evaluation transform; p.exact: straight to the crop's size without keeping the aspect."""
+    return EvalTransform(p)
 
 
-def train_transform(
-    p: Preprocessing, a: Augmentation, may_flip: bool = True, exact: bool = False
-) -> Callable[[Image.Image], Tensor]:
+def train_transform(p: Preprocessing, a: Augmentation, may_flip: bool = True) -> Callable[[Image.Image], Tensor]:
     """The training transform of an Augmentation; a task that forbids mirroring wins unless force_flip.
 
     kind "timm" is what published recipes name, with the operators of timm 1.x: those of 0.4.12 by the same policy text.
     """
     flip = a.flip if may_flip or a.force_flip else 0.0
-    if a.kind == "none" or (a.kind == "crop" and (exact or p.exact)):
-        return EvalTransform(p, exact)
+    if a.kind == "none" or (a.kind == "crop" and p.exact):
+        return EvalTransform(p)
     if a.kind == "crop":
         return CropTransform(p, a, flip)
     from timm.data import create_transform
@@ -166,7 +164,6 @@ class Pictures(Dataset):
     """(tensor, label, index) of a split. What is random in item i depends on (seed, epoch, i) alone.
 
     Decoded pictures (for evaluation: cropped ones) are kept while all of the split fits `cache_bytes`; see `Kept`.
-    random   whether the transform varies; None: as it says itself, else yes
 
     Where in_bytes is set, tensors are (3, H, W) in uint8, and the transform's `normalised` finishes whole batches of them.
     """
@@ -176,12 +173,11 @@ class Pictures(Dataset):
         split: Split,
         transform: Any,
         seed: int = 0,
-        random: bool | None = None,
         cache_bytes: int = LIMIT_BYTES,
     ):
         self.in_bytes = False
         self.split, self.transform, self.seed, self.epoch = split, transform, seed, 0
-        self.random = getattr(transform, "is_random", True) if random is None else random
+        self.random = getattr(transform, "is_random", True)
         self.crops = isinstance(transform, EvalTransform) and not transform.is_random
         slot = 3 * transform.p.crop[0] * transform.p.crop[1] if self.crops else _largest_bytes(split)
         self.kept = Kept(len(split), slot, cache_bytes)

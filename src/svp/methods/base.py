@@ -75,12 +75,14 @@ class Method(Seams, nn.Module):
         return None
 
     def phases(self, recipe: Any) -> list[Phase]:
+        """How training goes: one stretch by the recipe, or several with `recipe.but(…)` and a look at the data before each."""
         return [Phase(recipe)]
 
     def start_epoch(self, run: Any, epoch: int) -> None:
         """Before each epoch: label maps."""
 
     def loss(self, model: nn.Module, images: Tensor, target: Tensor, criterion: Callable) -> Tensor:
+        """images (b, 3, H, W), target (b,) labels or (b, C) shares -> the mean loss; `model` may be the compiled one."""
         return criterion(model(images), target)
 
     def after_step(self) -> None:
@@ -198,6 +200,12 @@ class Several(Method):
 
     def loss(self, model, images, target, criterion):
         own = [part for part in self.parts.values() if type(part).loss is not Method.loss]
+        if len(own) > 1:
+            raise SvpError(
+                f"{len(own)} of {' and '.join(self.names)} have a loss of their own",
+                "combine only one of them",
+                "usage",
+            )
         return own[0].loss(model, images, target, criterion) if own else criterion(model(images), target)
 
     def after_step(self):

@@ -141,8 +141,8 @@ class AdaptedModel(nn.Module):
         """What trains, where, how many numbers (peft: print_trainable_parameters)."""
         frozen = sum(p.numel() for name, p in self.backbone.named_parameters() if not name.startswith("head."))
         name = "+".join(self.labels)
-        lines = [f"{name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(True) - self.num_trainable():,} "
-                 f"numbers train, {frozen:,} are frozen ({self.num_trainable(True) / frozen:.2%})"]  # fmt: skip
+        lines = [f"{name} on {self.backbone.name}: {self.num_trainable():,} + head {self.num_trainable(head=True) - self.num_trainable():,} "
+                 f"numbers train, {frozen:,} are frozen ({self.num_trainable(head=True) / frozen:.2%})"]  # fmt: skip
         for name, group in _alike(list(self.named_parameters())).items():
             found = [p for _, p in group]
             shapes = sorted({tuple(p.shape) for p in found})
@@ -258,8 +258,8 @@ class AdaptedModel(nn.Module):
                 "name": net.name,
                 "img_size": list(net.img_size),
                 "weights": net.weights_from,
-                "overrides": getattr(net, "overrides", {}),
-                "pos_resize": getattr(net, "pos_resize", "middle"),
+                "overrides": dict(net.overrides),
+                "pos_resize": net.pos_resize,
                 "fingerprint": net.fingerprint(),
                 **({} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}),
             },
@@ -309,7 +309,7 @@ def model_card(model: AdaptedModel, card: str) -> str:
     )
     return (
         f"---\nlibrary_name: svp-vision\npipeline_tag: image-classification\ntags: [{model.method_name}, {net.name}]\n---\n\n"
-        f"# {model.method_name} on {net.name}\n\n{model.num_trainable(True):,} trained numbers; {model.num_classes} classes; "
+        f"# {model.method_name} on {net.name}\n\n{model.num_trainable(head=True):,} trained numbers; {model.num_classes} classes; "
         f"pictures of {model.preprocessing.crop[0]} x {model.preprocessing.crop[1]} pixels.\n{classes}\n"
         '```python\nimport svp\nmodel = svp.load("this-folder")\nmodel.predict(["picture.jpg"])\n```\n'
         + (f"\n{card}\n" if card else "")

@@ -144,8 +144,7 @@ def _same_backbone(folder: Path, saved: Saved, net: Backbone) -> None:
             f"{folder} was trained on pictures of {h} x {w} pixels, this backbone takes {size[0]} x {size[1]}",
             f'create_backbone("{net.name}", img_size=({h}, {w}))', "artefact",
         )  # fmt: skip
-    is_resized = net.stored_positions is not None
-    if is_resized and getattr(net, "pos_resize", "middle") != saved.pos_resize:
+    if net.stored_positions is not None and net.pos_resize != saved.pos_resize:
         raise SvpError(
             f'{folder} was trained with positions resized by "{saved.pos_resize}", those of this backbone are by "{net.pos_resize}"',
             f'create_backbone(…, pos_resize="{saved.pos_resize}")', "artefact",

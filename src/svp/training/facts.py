@@ -74,8 +74,8 @@ def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, am
         "protocol": dataclasses.asdict(data.protocol),
         "backbone": {
             "name": net.name, "weights": net.weights_from, "img_size": list(net.img_size),
-            "overrides": dict(getattr(net, "overrides", {})), "kernel": net.kernel, "fingerprint": net.fingerprint(),
-            **({"pos_resize": net.pos_resize} if getattr(net, "pos_resize", "middle") != "middle" else {}),
+            "overrides": dict(net.overrides), "kernel": net.kernel, "fingerprint": net.fingerprint(),
+            **({"pos_resize": net.pos_resize} if net.pos_resize != "middle" else {}),
         },
         "methods": [
             {"name": name, "options": dataclasses.asdict(part.given)}
@@ -96,7 +96,7 @@ def result_of(
     device: torch.device, cached: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of result.json; what may differ between two equal runs lies under `timing`."""
-    total, method = model.num_trainable(True), model.num_trainable()
+    total, method = model.num_trainable(head=True), model.num_trainable()
     found = {
         "method": model.method_name,
         "label": "+".join(model.labels),

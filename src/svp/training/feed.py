@@ -93,17 +93,17 @@ def training_feed(
     data: Splits, p: Preprocessing, recipe: Recipe, seed: int, device: torch.device, workers: int
 ) -> Feed:
     """The training split, augmented as the recipe says."""
-    transform = train_transform(p, recipe.augmentation(), data.may_flip, p.exact)
+    transform = train_transform(p, recipe.augmentation(), data.may_flip)
     return Feed(Pictures(data.train, transform, seed), device, workers)
 
 
 def evaluation_feed(split: Split, p: Preprocessing, device: torch.device, workers: int = 0) -> Feed:
-    return Feed(Pictures(split, eval_transform(p, p.exact)), device, workers)
+    return Feed(Pictures(split, eval_transform(p)), device, workers)
 
 
 def is_random(data: Splits, p: Preprocessing, recipe: Recipe) -> bool:
     """Whether chance touches the training pictures before they are batched."""
-    transform = train_transform(p, recipe.augmentation(), data.may_flip, p.exact)
+    transform = train_transform(p, recipe.augmentation(), data.may_flip)
     return getattr(transform, "is_random", True)
 
 

@@ -86,7 +86,7 @@ def passes(setting: Setting, data: Splits, workers: int, cache: int, timing: Tim
     """How many pictures a pass has; a first one starts the workers and fills what is kept, the others are timed."""
     recipe = recipe_named("default").but(batch_size=setting.batch_size, **MIXED)
     p = prepared(setting.shape().preprocessing, data)
-    transform = train_transform(p, recipe.augmentation(), data.may_flip, p.exact)
+    transform = train_transform(p, recipe.augmentation(), data.may_flip)
     device = device_named(setting.device)
     feed = Feed(Pictures(data.train, transform, 0, cache_bytes=cache), device, workers)
     mixer = Mixer(recipe, max(data.num_classes, 2))
