@@ -259,6 +259,22 @@ def test_forked_workers_share_what_they_decode(tmp_path, paint):
     assert sum(first) == sum(second) == 12
 
 
+def test_all_splits_of_a_process_share_one_limit(monkeypatch):
+    import gc
+
+    from svp.data import kept
+
+    gc.collect()
+    monkeypatch.setattr(kept, "LIMIT_BYTES", kept._taken + 2 * 10 * (8 * 8 * 3 + 8))  # two of ten crops each
+    data = [Pictures(arrays(), eval_transform(SMALL)) for _ in range(4)]
+    assert [d.kept.sizes is not None for d in data] == [True, True, False, False]
+    before = kept._taken
+    del data
+    gc.collect()
+    assert kept._taken < before
+    assert Pictures(arrays(), eval_transform(SMALL)).kept.sizes is not None
+
+
 def test_a_picture_larger_than_the_others_is_not_kept(tmp_path, paint):
     paths = [str(paint(tmp_path / f"{i}.png", i, (40, 40) if i == 38 else (8, 8))) for i in range(70)]
     data = Pictures(Files(paths, [0] * 70), train_transform(SMALL, Augmentation()))

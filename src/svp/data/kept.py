@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 LIMIT_BYTES = 2 << 30
+_taken = 0  # bytes of all that are kept in this process: train, validation and test share one limit
 
 
 class Kept:
     """RGB pictures 0 … count - 1, each in a slot of `slot_bytes`; a larger one is made anew each time.
 
     The memory is taken from the system page by page as slots are filled. What is kept never changes a result: a slot
-    holds exactly what `make` gives. Nothing is kept where all slots would need more than `limit_bytes`.
+    holds exactly what `make` gives. Nothing is kept where all slots would need more than `limit_bytes`, or with those of others in
+    this process more than LIMIT_BYTES or a quarter of the memory.
     """
 
     def __init__(self, count: int, slot_bytes: int, limit_bytes: int = LIMIT_BYTES):
         self.count, self.slot, self.limit = count, slot_bytes, min(limit_bytes, memory_bytes() // 4)
         self.sizes: np.ndarray | None = None
-        if 0 < count * (slot_bytes + 8) <= self.limit:
+        self.bytes = count * (slot_bytes + 8)
+        if 0 < self.bytes <= self.limit and _taken + self.bytes <= min(LIMIT_BYTES, memory_bytes() // 4):
             self._take()
 
     def get(self, i: int, make: Callable[[int], Image.Image]) -> Image.Image:
@@ -48,6 +52,8 @@ class Kept:
             return
         self.sizes = np.frombuffer(sizes, dtype=np.int32).reshape(self.count, 2)  # (width, height), 0: empty
         self.pixels = pixels
+        _count(self.bytes)
+        weakref.finalize(self, _count, -self.bytes)
 
     def __getstate__(self) -> tuple[int, int, int]:
         return self.count, self.slot, self.limit
@@ -55,6 +61,11 @@ class Kept:
     def __setstate__(self, state: tuple[int, int, int]) -> None:  # in a worker that was not forked: its own share
         count, slot, limit = state
         self.__init__(count, slot, limit // 4)  # type: ignore[misc]
+
+
+def _count(change: int) -> None:
+    global _taken
+    _taken += change
 
 
 def memory_bytes() -> int:

@@ -15,7 +15,7 @@ from svp.model import AdaptedModel
 from svp.options import changed
 from svp.training import machine
 from svp.training.evaluate import in_order_of
-from svp.training.facts import check, default_lr, settings_of
+from svp.training.facts import check, check_memory, default_lr, settings_of
 from svp.training.feed import chance, prepared, training_feed, training_order
 from svp.training.losses import Criterion, Mixer
 from svp.training.machine import Amp, autocast
@@ -42,6 +42,7 @@ def rehearse(
     epochs = chosen.epochs
     chosen = resolve(chosen.but(epochs=max(epochs, 1)), default_lr(model.method))
     check(splits, chosen)
+    check_memory(model.backbone, len(splits.train), chosen)
     place = machine.device_named(device)
     used = machine.precision(amp, chosen.amp, place)
     preprocessing, training, before = model.preprocessing, model.training, next(model.backbone.parameters()).device
