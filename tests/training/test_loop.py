@@ -525,6 +525,18 @@ def crash_after_an_epoch(event):
         raise Crash
 
 
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    whole = model("svp")
+    fit(whole, splits(), recipe=RECIPE)
+    with crash_at(5):
+        fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0)
+    path = tmp_path / "checkpoint" / "state.pt"
+    torch.save({**torch.load(path, weights_only=True), "options": {"svp": {}}}, path)
+    half = model("svp")
+    fit(half, splits(), recipe=RECIPE, out=tmp_path, resume=True)
+    assert_same(tensors(whole), tensors(half))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(Crash):
         fit(model("svp"), splits(), recipe=RECIPE, out=tmp_path, checkpoint_seconds=0, report=crash_after_an_epoch)

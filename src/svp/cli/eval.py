@@ -83,12 +83,8 @@ def command(**typed: Any) -> None:
         note(
             f"{data.source} has no test split: validation is measured, on which the epoch was selected", typed["quiet"]
         )
-    out = made(
-        Path(
-            typed["out"]
-            or found.home / "eval" / ("" if not typed["source"] or is_own(found, data) else short_name(data.source))
-        )
-    )
+    beside = "" if not typed["source"] or is_own(found, data) else short_name(data.source)
+    out = made(Path(typed["out"] or found.home / "eval" / beside))
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device))
     scores = evaluate(
         model, data, split, batch_size=typed["batch_size"] or found.batch_size, device=str(device),

@@ -47,9 +47,8 @@ class Method(Seams, nn.Module):
     inserts: bool = False
     counts_tokens: bool = False
     classes: tuple[str, ...] | None = None
-    order: int = (
-        0  # -2: takes pictures of its own, or replaces weights; -1: reads what nobody has changed; 1: changes shapes
-    )
+    # -2: takes pictures of its own, or replaces all weights; -1: reads what nobody has changed; 1: changes shapes
+    order: int = 0
 
     def __init__(self, site: Site, opt: Any, num_classes: int):
         super().__init__()
@@ -160,9 +159,8 @@ class Several(Method):
         return self.stack.memory(i, w)
 
     def folded(self, weights):
-        for part in sorted(
-            self.stack.parts, key=lambda part: part.acts("branch")
-        ):  # what layers read: also those beside
+        # what changes the input of a layer comes last: what stands beside the layer reads it too
+        for part in sorted(self.stack.parts, key=lambda part: part.acts("branch")):
             found = part.folded(weights)
             if found is None:
                 return None

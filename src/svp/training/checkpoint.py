@@ -63,6 +63,7 @@ def from_file(path: Path) -> Snapshot:
     try:
         if values.pop("format") > FORMAT:
             raise SvpError(f"{path} was written by a newer svp", "pip install -U svp-vision", "artefact")
+        values.pop("options", None)  # of earlier versions, which never read it
         return Snapshot(**{**values, "progress": Progress(**values["progress"])})
     except (KeyError, TypeError) as err:
         raise SvpError(f"{path} is no checkpoint of a run: {err}", "start again with --overwrite", "artefact") from err
