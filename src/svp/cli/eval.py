@@ -126,9 +126,8 @@ def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
     cut = {"protocol": found.protocol, "seed": was.get("seed", 0), **reading}  # the validation split as it was cut
     try:
         if typed["source"] and not typed["split"]:
-            with contextlib.suppress(
-                SvpError
-            ):  # the run's own pictures, which may have moved: never those it was trained on
+            # the run's own pictures, which may have moved: never those it was trained on
+            with contextlib.suppress(SvpError):
                 data = open_data(source, **cut)
                 if is_own(found, data):
                     return data

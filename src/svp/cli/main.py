@@ -157,8 +157,8 @@ def usage(err: click.UsageError, argv: list[str], is_debug: bool) -> int:
             hint = f"an option of a method is set with -s {err.option_name.lstrip('-').replace('-', '_')}=VALUE; {hint}"
     else:
         extra = re.search(r"extra arguments? \((.*)\)", problem)
-        words = extra[1].split() if extra and err.ctx else ()
-        meant = [wrong for word in words if (wrong := without_dashes(word, err.ctx)) is not None]  # type: ignore[arg-type]
+        words = extra[1].split() if extra else ()
+        meant = [wrong for word in words if err.ctx and (wrong := without_dashes(word, err.ctx)) is not None]
         if meant:
             problem, hint = meant[0].problem, meant[0].hint
     return said(problem[:1].lower() + problem[1:], hint, 2, is_debug)

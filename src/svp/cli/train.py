@@ -134,9 +134,9 @@ def train(plan: Plan, typed: dict[str, Any]) -> None:
         max_pixels=plan.max_pixels,
     )
     net = backbone_of(plan)
-    for what, key, found in (("weights are", "fingerprint", net.fingerprint()), ("pictures are", "hash", data.hash())):
-        if plan.repeats.get(key, found) != found:
-            note(f"the {what} not those of {plan.repeats['file']}: this is another run", quiet)
+    for what, key, now in (("weights", "fingerprint", net.fingerprint), ("pictures", "hash", data.hash)):
+        if key in plan.repeats and plan.repeats[key] != now():
+            note(f"the {what} are not those of {plan.repeats['file']}: this is another run", quiet)
     check_memory(net, len(data.train), plan.recipe)  # before the probe, which would fill it
     if kernel_name(net, device_named(plan.device)) == "reference" and plan.kernel == "auto":
         note(f"plain PyTorch computes the scan, slowly ({native.reason}); `svp doctor` tells more", quiet)

@@ -174,37 +174,24 @@ class Several(Method):
 
     def make_head(self, site, num_classes):
         heads = [(name, h) for name, part in self.parts.items() if (h := part.make_head(site, num_classes)) is not None]
-        if len(heads) > 1:
-            raise SvpError(
-                f"{' and '.join(n for n, _ in heads)} both bring a head of their own",
-                "combine only one of them",
-                "usage",
-            )
-        return heads[0][1] if heads else None
+        return only_one(heads, "bring a head")
 
     def phases(self, recipe):
-        busy = [(name, part) for name, part in self.parts.items() if type(part).phases is not Method.phases]
-        if len(busy) > 1:
-            raise SvpError(
-                f"{' and '.join(n for n, _ in busy)} both train in phases of their own",
-                "combine only one of them",
-                "usage",
-            )
-        return busy[0][1].phases(recipe) if busy else [Phase(recipe)]
+        busy = only_one(
+            [(name, part) for name, part in self.parts.items() if type(part).phases is not Method.phases],
+            "train in phases",
+        )
+        return busy.phases(recipe) if busy is not None else [Phase(recipe)]
 
     def start_epoch(self, run, epoch):
         for part in self.parts.values():
             part.start_epoch(run, epoch)
 
     def loss(self, model, images, target, criterion):
-        own = [part for part in self.parts.values() if type(part).loss is not Method.loss]
-        if len(own) > 1:
-            raise SvpError(
-                f"{len(own)} of {' and '.join(self.names)} have a loss of their own",
-                "combine only one of them",
-                "usage",
-            )
-        return own[0].loss(model, images, target, criterion) if own else criterion(model(images), target)
+        own = only_one(
+            [(name, part) for name, part in self.parts.items() if type(part).loss is not Method.loss], "have a loss"
+        )
+        return own.loss(model, images, target, criterion) if own is not None else criterion(model(images), target)
 
     def after_step(self):
         for part in self.parts.values():
@@ -213,6 +200,14 @@ class Several(Method):
     def groups(self):
         found = [(n, key, rule) for n, part in self.parts.items() for key, rule in part.groups().items()]
         return {key if key.startswith("head.") else f"parts.{n}.{key}": rule for n, key, rule in found}
+
+
+def only_one(found: Sequence[tuple[str, Any]], what: str) -> Any:
+    """The one thing that is found, by its method's name, or None; two of their own are an error."""
+    if len(found) > 1:
+        problem = f"{' and '.join(name for name, _ in found)} both {what} of their own"
+        raise SvpError(problem, "combine only one of them", "usage")
+    return found[0][1] if found else None
 
 
 def fresh_linear(d_in: int, d_out: int, bias: bool = True, init: str = "torch") -> nn.Linear:

@@ -83,10 +83,11 @@ class AdaptedModel(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """images (b, 3, H, W) -> feature (b, d), the head's input."""
         rate = self.drop_path if self.training else 0.0
-        self.backbone.check_images(images, any_size=self._resizes)
         if self._disabled:
             with torch.no_grad():
                 return self.backbone.features(images)
+        if self.method.acts("network"):  # it may change pictures before the network looks at them
+            self.backbone.check_images(images, any_size=self._resizes)
         return self.backbone.features(images, self.method, rate)
 
     @property
