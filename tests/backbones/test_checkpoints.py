@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from svp.backbones.checkpoints import convert_checkpoint, read_checkpoint, save_backbone
+from svp.backbones.checkpoints import read_checkpoint, save_backbone
 from svp.backbones.create import create_backbone
-from svp.convert import convert_adapter, load_published
+from svp.convert import convert_adapter, convert_checkpoint, load_published
 from svp.errors import SvpError
 from svp.model import load
 
@@ -60,6 +60,15 @@ def test_there_and_back_keeps_every_number(net, tmp_path):
     back = read_checkpoint(tmp_path / "c.pth").tensors
     assert set(report.loaded) == set(back) == set(net.state_dict())
     assert all(torch.equal(back[k], v) for k, v in net.state_dict().items())
+
+
+def test_a_converted_file_says_what_network_it_holds(net, tmp_path):
+    save_backbone(create_backbone("vit_nano"), tmp_path / "vit.safetensors")
+    torch.save({"strange.weight": torch.ones(2)}, tmp_path / "other.pth")
+    vit = convert_checkpoint(tmp_path / "vit.safetensors", tmp_path / "vit.pth")
+    assert vit.notes == ["vit.safetensors: a ViT of embed_dim 116, depth 12, patch_size 8, num_classes 200"]
+    other = convert_checkpoint(tmp_path / "other.pth", tmp_path / "other.safetensors")
+    assert other.notes[-1] == "other.pth: no network of this package"
 
 
 def test_the_position_table_follows_the_picture_size(net, tmp_path):

@@ -196,6 +196,12 @@ def test_what_is_refused_before_anything_is_built(svp, words, code, problem, hin
         ("source: digits\nseeds: []\n", 2, "expected whole numbers from 0, at least one"),
         ("source: digits\nseed: 18446744073709551616\n", 2, "expected whole numbers"),
         ("source: digits\nmethods: [{name: 5, options: {}}]\n", 2, "methods is"),
+        ("source: digits\nimg_size: [64]\n", 2, "img_size is '[64]', expected a whole number"),
+        ("source: digits\nhead: big\n", 2, "head is 'big', expected linear or two_linear or method"),
+        ("source: digits\nreading: fast\n", 2, "reading is 'fast', expected on_bad_image"),
+        ("source: digits\nmachine: {workers: -1}\n", 2, "expected device and workers"),
+        ("source: digits\ndata: 3\n", 2, "data is '3'"),
+        ("source: digits\nprotocol: 3\n", 2, "protocol is '3', expected a name"),
     ],
 )
 def test_a_wrong_config_names_file_and_line(svp, tmp_path, text, line, problem):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import re
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -188,40 +187,7 @@ def _without_prefix(found: Checkpoint) -> dict[str, Tensor]:
         tensors = {k.removeprefix(prefix): t for k, t in tensors.items()}
 
 
-# -- recognising and loading -------------------------------------------------------------------------------------------
-
-
-def recognise(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """The sizes of the Vim that these tensors make, as keywords of `Vim`, or None when they make none."""
-    a_log, conv = tensors.get("layers.0.mixer.A_log"), tensors.get("patch_embed.proj.weight")
-    in_proj, dt = tensors.get("layers.0.mixer.in_proj.weight"), tensors.get("layers.0.mixer.dt_proj.weight")
-    if a_log is None or conv is None or in_proj is None or dt is None:
-        return None
-    depth = 1 + max(int(m[1]) for k in tensors if (m := re.match(r"layers\.(\d+)\.", k)))
-    d = in_proj.shape[1]
-    sizes: dict[str, Any] = dict(
-        embed_dim=d, depth=depth, d_state=a_log.shape[1], dt_rank=dt.shape[1], expand=a_log.shape[0] // d,
-        patch_size=conv.shape[2],
-    )  # fmt: skip
-    if "layers.0.mixer.A_b_log" not in tensors:
-        sizes["scan_type"] = "none"
-    elif "layers.0.mixer.x_proj_b.weight" not in tensors:
-        sizes["scan_type"] = "v1"
-    if "pos_embed" in tensors:
-        sizes["tokens"] = tensors["pos_embed"].shape[1]
-        if sizes["tokens"] == 27 * 27 + 1 and sizes["patch_size"] == 16:  # of 224 pixels, patches that overlap
-            sizes["stride"] = 8
-    head = tensors.get("head.weight")
-    if head is not None and head.dim() == 2 and head.shape[1] == d:
-        sizes["num_classes"] = head.shape[0]
-    return sizes
-
-
-def words(sizes: dict[str, Any] | None) -> str:
-    """Recognised sizes as a person reads them."""
-    if sizes is None:
-        return "no Vision Mamba"
-    return ", ".join(f"{key} {value}" for key, value in sizes.items())
+# -- filling a backbone -------------------------------------------------------------------------------------------------
 
 
 def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> Report:
@@ -293,27 +259,7 @@ def load_into(net: Backbone, found: Checkpoint, pos_resize: str = "middle") -> R
     return report
 
 
-# -- converting --------------------------------------------------------------------------------------------------------
-
-
-def convert_checkpoint(
-    source: str | Path, target: str | Path, *, trust_pickle: bool = False, ema: bool = False
-) -> Report:
-    """Write the weights of `source` to `target`, .safetensors or .pth by its name; every key is reported."""
-    source, target = Path(source), Path(target)
-    found = read_checkpoint(source, trust_pickle=trust_pickle, ema=ema)
-    report = Report(
-        loaded=list(found.tensors), notes=[*found.notes, f"{source.name}: {words(recognise(found.tensors))}"]
-    )
-    if target.suffix == ".safetensors":
-        save_tensors(found.tensors, target, found.metadata)
-    elif target.suffix in (".pth", ".pt", ".bin"):
-        _atomically(target, lambda path: torch.save({"model": found.tensors}, path))
-    else:
-        raise SvpError(
-            f"{target} ends in '{target.suffix}', expected .safetensors or .pth", f"{target}.safetensors", "usage"
-        )
-    return report
+# -- writing ------------------------------------------------------------------------------------------------------------
 
 
 def save_tensors(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -321,7 +267,7 @@ def save_tensors(tensors: dict[str, Tensor], target: str | Path, metadata: dict[
     from safetensors.torch import save  # save_file makes files that only their owner may read
 
     plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    _atomically(Path(target), lambda path: path.write_bytes(save(plain, {"format": "pt", **(metadata or {})})))
+    atomically(Path(target), lambda path: path.write_bytes(save(plain, {"format": "pt", **(metadata or {})})))
 
 
 def save_backbone(net: Backbone, target: str | Path, dtype: torch.dtype = torch.float32, **facts: Any) -> None:
@@ -330,7 +276,8 @@ def save_backbone(net: Backbone, target: str | Path, dtype: torch.dtype = torch.
     save_tensors(tensors, target, {"backbone": net.name, "facts": json.dumps(facts)})
 
 
-def _atomically(target: Path, write: Any) -> None:
+def atomically(target: Path, write: Any) -> None:
+    """`write(path)` to a path beside `target`, which then takes its place."""
     work = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svp.backbones.base import Backbone, drawn_from, pair
-from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, shortened, words
+from svp.backbones.checkpoints import Checkpoint, Report, load_into, read_checkpoint, shortened
 from svp.errors import SvpError, unknown
 from svp.registry import BACKBONES
 
@@ -183,7 +183,13 @@ def _fitted(
 def looks_like(tensors: dict[str, Any]) -> str:
     """What network these tensors make, as a person reads it."""
     for family in FAMILIES:
-        seen = importlib.import_module(f"svp.backbones.{family}").recognise(tensors)
+        module = importlib.import_module(f"svp.backbones.{family}")
+        seen = module.recognise(part_of(module, "renamed")(tensors))
         if seen is not None:
             return f"{FAMILIES[family]} of {words(seen)}"
     return "no network of this package"
+
+
+def words(sizes: dict[str, Any]) -> str:
+    """Recognised sizes as a person reads them."""
+    return ", ".join(f"{key} {value}" for key, value in sizes.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair
-from svp.backbones.checkpoints import recognise  # noqa: F401  one of the questions that every family answers
 from svp.errors import SvpError
 from svp.ops import causal_conv1d, selective_scan
 from svp.ops.add_norm import Term, add_norm
@@ -371,6 +371,32 @@ def scan_one_way(
 def published(name: str) -> tuple[str, ...] | None:
     """(hub repository, file) of a variant's published weights, or None."""
     return PUBLISHED.get(name)
+
+
+def recognise(tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """The sizes of the Vim that these tensors make, as keywords of `Vim`, or None when they make none."""
+    a_log, conv = tensors.get("layers.0.mixer.A_log"), tensors.get("patch_embed.proj.weight")
+    in_proj, dt = tensors.get("layers.0.mixer.in_proj.weight"), tensors.get("layers.0.mixer.dt_proj.weight")
+    if a_log is None or conv is None or in_proj is None or dt is None:
+        return None
+    depth = 1 + max(int(m[1]) for k in tensors if (m := re.match(r"layers\.(\d+)\.", k)))
+    d = in_proj.shape[1]
+    sizes: dict[str, Any] = dict(
+        embed_dim=d, depth=depth, d_state=a_log.shape[1], dt_rank=dt.shape[1], expand=a_log.shape[0] // d,
+        patch_size=conv.shape[2],
+    )  # fmt: skip
+    if "layers.0.mixer.A_b_log" not in tensors:
+        sizes["scan_type"] = "none"
+    elif "layers.0.mixer.x_proj_b.weight" not in tensors:
+        sizes["scan_type"] = "v1"
+    if "pos_embed" in tensors:
+        sizes["tokens"] = tensors["pos_embed"].shape[1]
+        if sizes["tokens"] == 27 * 27 + 1 and sizes["patch_size"] == 16:  # of 224 pixels, patches that overlap
+            sizes["stride"] = 8
+    head = tensors.get("head.weight")
+    if head is not None and head.dim() == 2 and head.shape[1] == d:
+        sizes["num_classes"] = head.shape[0]
+    return sizes
 
 
 def compared(name: str, sizes: dict[str, Any]) -> dict[str, Any]:

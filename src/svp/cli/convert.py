@@ -66,8 +66,8 @@ def command(**typed: Any) -> None:
         raise SvpError(
             f"{source} is no adapter folder, which --to needs", "svp convert my-adapter/ OUT/ --to peft", "usage"
         )
-    from svp.backbones.checkpoints import convert_checkpoint, read_checkpoint
-    from svp.convert import is_published_adapter
+    from svp.backbones.checkpoints import read_checkpoint
+    from svp.convert import convert_checkpoint, is_published_adapter
 
     reading = {"trust_pickle": typed["trust_pickle"], "ema": typed["ema"]}
     is_adapter = is_published_adapter(read_checkpoint(source, **reading))

@@ -9,18 +9,14 @@ from typing import Any
 
 import click
 
+from svp.cli.config import read_config
 from svp.cli.words import MAX_PIXELS, short_name, without_dashes
-from svp.errors import SvpError, nearest, unknown
+from svp.errors import SvpError, unknown
 from svp.options import assignments
 from svp.registry import METHODS, method_class
-from svp.training.config import read_yaml
-from svp.training.recipe import Recipe, check_version, recipe_from
+from svp.training.recipe import Recipe, recipe_from
 
 BACKBONE, WEIGHTS = "vim_nano", "default"
-CONFIG_KEYS = (  # of config.yaml, as a run writes it; a hand-written one may hold any part of it
-    "svp_version", "source", "protocol", "backbone", "weights", "img_size", "method", "methods", "head", "recipe",
-    "lr_used", "seed", "seeds", "amp", "data", "reading", "machine",
-)  # fmt: skip
 SHORTCUTS = ("epochs", "lr", "weight_decay", "batch_size", "accumulate")  # recipe fields with a flag of their own
 
 
@@ -124,89 +120,6 @@ def plan_from(typed: dict[str, Any]) -> Plan:
     )  # fmt: skip
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """A config file as flat values; what a run wrote into its config.yaml, or any part of it by hand."""
-    values, lines = read_yaml(path)
-
-    def wrong(key: str, expected: str) -> SvpError:
-        return SvpError(f"{path}, line {lines.get(key, 1)}: {key} is {str(values[key])[:80]!r}, expected {expected}",
-                        "config.yaml of a run shows the form", "usage")  # fmt: skip
-
-    check_version(values.get("svp_version"), path)
-    for key in values:
-        if key not in CONFIG_KEYS:
-            close = nearest(key, CONFIG_KEYS)
-            raise SvpError(
-                f"{path}, line {lines.get(key, 1)}: there is no setting '{key}'",
-                f"did you mean {close[0]}?" if close else f"settings are {', '.join(CONFIG_KEYS)}", "usage",
-            )  # fmt: skip
-    found = {
-        k: values[k] for k in ("source", "weights", "img_size", "head", "seed", "amp") if values.get(k) is not None
-    }
-    for key in ("source", "weights", "head", "amp"):
-        if key in found and not isinstance(found[key], str):
-            raise wrong(key, "text")
-    for key, choices in (("head", ("linear", "two_linear", "method")), ("amp", ("auto", "off", "bf16", "fp16"))):
-        if key in found and found[key] not in choices:
-            raise wrong(key, " or ".join(choices))
-    if "img_size" in found and not _is_size(found["img_size"]):
-        raise wrong("img_size", "a whole number of pixels, or [height, width]")
-    backbone = values.get("backbone")
-    if isinstance(backbone, dict):
-        try:
-            found |= {"backbone": str(backbone["name"]), "weights": backbone["weights"], "kernel": backbone["kernel"],
-                      "img_size": tuple(backbone["img_size"]), "overrides": dict(backbone["overrides"]),
-                      "fingerprint": backbone.get("fingerprint")}  # fmt: skip
-            if "pos_resize" in backbone:
-                found["overrides"]["pos_resize"] = backbone["pos_resize"]
-            if not _is_size(found["img_size"]):
-                raise ValueError
-        except (KeyError, TypeError, ValueError) as err:
-            raise wrong("backbone", "a name, or what config.yaml of a run holds there") from err
-    elif isinstance(backbone, str):
-        found["backbone"] = backbone
-    elif backbone is not None:
-        raise wrong("backbone", "a name, or what config.yaml of a run holds there")
-    methods = values.get("methods", values.get("method"))
-    if isinstance(methods, str):
-        found["method"] = methods
-    elif methods is not None:
-        try:
-            found["specs"] = tuple((m["name"], dict(m["options"])) for m in methods)
-            if not all(isinstance(name, str) for name, _ in found["specs"]):
-                raise TypeError
-        except (KeyError, TypeError, ValueError) as err:
-            raise wrong("methods" if "methods" in values else "method", "a name, or a list of {name, options}") from err
-    if (recipe := values.get("recipe")) is not None:
-        if not isinstance(recipe, (str, dict)):
-            raise wrong("recipe", "a name, or fields of a recipe")
-        found["recipe"] = recipe
-        found["recipe_line"] = lines.get("recipe", 1)
-    if (protocol := values.get("protocol")) is not None:
-        found["protocol"] = _protocol(protocol, wrong)
-    seeds = values.get("seeds", found.pop("seed", None))
-    if seeds is not None:
-        seeds = seeds if isinstance(seeds, list) else [seeds]
-        if not seeds or not all(_is_count(seed) and seed < 2**63 for seed in seeds):
-            raise wrong("seeds" if "seeds" in values else "seed", "whole numbers from 0, at least one")
-        found["seeds"] = tuple(seeds)
-    if (reading := values.get("reading")) is not None:
-        if (
-            not isinstance(reading, dict)
-            or reading.get("on_bad_image", "error") not in ("error", "skip")
-            or not all(_is_count(reading.get(key, 1)) for key in ("max_pixels", "seed"))
-        ):
-            raise wrong("reading", "on_bad_image, error or skip, and max_pixels and seed, whole numbers")
-        found["reading"] = reading
-    if isinstance(data := values.get("data"), dict):
-        found["hash"] = data.get("hash")
-    if (machine := values.get("machine")) is not None:
-        if not isinstance(machine, dict) or not _is_count(machine.get("workers") or 0):
-            raise wrong("machine", "device and workers, a whole number from 0")
-        found["machine"] = machine
-    return found
-
-
 def _repeats(config: dict[str, Any], words: Words, path: str | None) -> dict[str, str]:
     """What the file says of weights and pictures that it names too, and nobody has typed others."""
     by = {"fingerprint": ("backbone", "weights"), "hash": ("source", "protocol")}
@@ -216,25 +129,6 @@ def _repeats(config: dict[str, Any], words: Words, path: str | None) -> dict[str
         if config.get(key) and all(words.origins[n] == path for n in names)
     }
     return {"file": str(path), **known} if known else {}
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_size(value: Any) -> bool:
-    return _is_count(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)))
-
-
-def _protocol(value: Any, wrong: Any) -> Any:
-    from svp.data.protocols import Protocol
-    from svp.options import build
-
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict):
-        raise wrong("protocol", "a name, or fields of a protocol")
-    return build(Protocol, value, "the protocol", "svp list protocols")
 
 
 def _seeds(typed: dict[str, Any]) -> tuple[int, ...] | None:

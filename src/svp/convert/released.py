@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from svp.backbones.base import Backbone
-from svp.backbones.checkpoints import Checkpoint, Report, read_checkpoint, recognise
+from svp.backbones.checkpoints import Checkpoint, Report, read_checkpoint, save_backbone
 from svp.backbones.create import create_backbone
+from svp.backbones.vim import recognise
 from svp.errors import SvpError
 from svp.methods.svp import from_published
 from svp.model import AdaptedModel, adapt
@@ -77,8 +78,6 @@ def convert_adapter(
     model, report = load_published(source, backbone, trust_pickle=trust_pickle, ema=ema)
     folder = Path(folder)
     if backbone is None:
-        from svp.backbones.checkpoints import save_backbone
-
         model.backbone.weights_from = str(folder / "backbone.safetensors")
         model.save_pretrained(folder)
         save_backbone(model.backbone, folder / "backbone.safetensors")
