@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods.test_weights_and_states import net_of, stirred
+from methods.nets import net_of, stirred
 from support import GOLDEN, assert_close
 from svp.backbones.vit import Vit
 from svp.convert import load_peft, save_peft
