@@ -1,6 +1,5 @@
 """LoRA in peft's layout: files that peft wrote, ours there and back, what is refused."""
 
-import importlib.util
 import json
 import shutil
 
@@ -82,7 +81,6 @@ def test_ours_there_and_back(kind, options, images, tmp_path):
         assert_close(again(images), model(images), "logits", 1e-12)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [options for kind, options in OURS if kind == "vit"], ids=str)
 def test_peft_computes_ours(options, images, tmp_path):

@@ -55,7 +55,6 @@ def test_the_table_in_the_documents_says_so():
     assert said["peft", "Vim's block as published (fused path)"] == {"no effect", "refused"}
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_peft_measures_the_same(compare):
     for target in ("in_proj", "x_proj", "dt_proj", "out_proj"):
