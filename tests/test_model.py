@@ -104,7 +104,7 @@ SWITCHES = [
     dict(cross_kind="bottleneck"), dict(cross_kind="bottleneck", cross_hidden=3), dict(hidden="relative"),
     dict(inner_mid_act="gelu"), dict(inner_act="relu", cross_act="gelu"), dict(bias=False), dict(shared_layers=100),
     dict(cross_scale="layer"), dict(scale_init=0.1), dict(scale_kind="scalar"), dict(scale_kind="none"), dict(prompt_cls=True),
-    dict(layers=(0, 2)), dict(dropout=0.5), dict(input_filter="simam"), dict(generator_init="zero_up"),
+    dict(layers=(0, 2)), dict(dropout=0.5), dict(input_filter="simam"), dict(generator_init="zero_up", scale_init=0.1),
     dict(generator_init="trunc02"),
 ]  # fmt: skip
 

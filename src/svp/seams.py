@@ -122,15 +122,18 @@ class Scan(NamedTuple):
 
     h0      (1|b, k, e, n)       the state; past (1|b, k, e, taps-1) the inputs of the convolution
     offset  (k, e, n)            added to the state when it is read; bias (k, e) added to the output
+    before  k of (1|b, m, e)     columns that a direction's convolution meets before the first token, in its own order; the
+                                 block runs them first, and what they leave behind is its h0 and past
     """
 
     h0: Tensor | None = None
     past: Tensor | None = None
     offset: Tensor | None = None
     bias: Tensor | None = None
+    before: tuple[Tensor, ...] | None = None
 
     def direction(self, k: int) -> Scan:
-        """The slice of direction k."""
+        """The slice of direction k of all but `before`."""
         h0, past = (None if t is None else t[:, k] for t in (self.h0, self.past))
         offset, bias = (None if t is None else t[k] for t in (self.offset, self.bias))
         return Scan(h0, past, offset, bias)

@@ -1,5 +1,6 @@
 """LoRA: rows of a joint projection, and where DoRA starts."""
 
+import pytest
 import torch
 
 from methods.nets import net_of, stirred
@@ -24,3 +25,23 @@ def test_dora_starts_at_the_frozen_network_in_both_directions(images):
     model = adapt(net, "lora", num_classes=3, rank=4, dora=True, targets=("X", "Z", "out_proj", "d", "B", "C", "dt"))
     with torch.no_grad():
         assert_close(model.features(images), net.features(images), "feature", 1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind,targets",
+    [("vim", ("in_proj", "X")), ("vim", ("x_proj", "B")), ("vit", ("qkv", "q")), ("vim", ("X", "in_proj"))],
+    ids=str,
+)
+@pytest.mark.parametrize("dora", ["none", "column", "row"])
+def test_targets_that_overlap_add_up(kind, targets, dora):
+    """Each change is of the frozen weight, whatever another target has done to the same rows."""
+    net = net_of(kind)
+    model = stirred(adapt(net, "lora", num_classes=3, rank=3, dora=dora, targets=targets))
+    w = {name: p.detach() for name, p in net.named_parameters()}
+    changed, m = model.method.weights(w), model.method
+    for name, value in changed.items():
+        total = w[name].clone()
+        for j, (of, rows, _) in enumerate(m.slices):
+            if of == name:
+                total[rows] += m.added(j, w[name][rows])
+        assert_close(value.detach(), total.detach(), name, 1e-12)

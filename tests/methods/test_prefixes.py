@@ -1,10 +1,13 @@
 """Prefixes, beside one attention block by hand; affixes without the half that a gate ignores."""
 
+import sys
+
 import torch
 
 from methods.nets import net_of
 from support import assert_close
 from svp.model import adapt
+from svp.ops import dispatch
 
 
 def test_prefixes_are_tokens_that_everybody_attends_to(images):
@@ -32,3 +35,21 @@ def test_affix_without_the_dead_half_is_affix(images):
     half.head = full.head
     with torch.no_grad():
         assert torch.equal(half(images), full(images))
+
+
+def test_a_named_kernel_computes_what_affixes_leave_behind(images, monkeypatch):
+    asked = []
+
+    def noted(rows, wanted, *args, **more):
+        asked.append(wanted)
+        return dispatch.pick(rows, wanted, *args, **more)
+
+    for op in ("selective_scan", "causal_conv1d"):
+        monkeypatch.setattr(sys.modules[f"svp.ops.{op}"], "pick", noted)
+    net = net_of("vim")
+    net.kernel = "reference"
+    model = adapt(net, "affix", num_classes=3, probe=False)
+    x = images.requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    first.square().sum().backward()  # which the reference alone has
+    assert set(asked) == {"reference"}

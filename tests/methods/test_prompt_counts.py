@@ -67,12 +67,17 @@ def test_numbers_of_a_frame_that_act(place):
 
 
 def test_labels_of_adapted_forms(place):
-    column, site = place
-    for name, label in (
-        ("e2vpt", "e2vpt_in" if column == 0 else None),
-        ("insvp", None),
-        ("spt", None),
-        ("damvp", None),
-    ):
+    column, site = min(place[0], 1), place[1]
+    for name, options, label in (
+        ("vpt", {}, ("vpt_vim", None)), ("e2vpt", {}, ("e2vpt_in", None)), ("insvp", {}, ("insvp_vim", "insvp_width" if site.num_features != 768 else None)),
+        ("insvp", dict(token_once=True), ("insvp_vim", "insvp_once")), ("spt", {}, ("spt_vim", None)), ("damvp", {}, (None, None)),
+    ):  # fmt: skip
         cls = method_class(name)
-        assert cls.label(site, cls.Options()) == label
+        assert cls.label(site, cls.Options(**options)) == label[column], name
+
+
+def test_the_shallow_forms_have_sizes_of_their_own(place):
+    _, site = place
+    made = {(m, deep): method_class(m)(site, method_class(m).Options(deep=deep), 5) for m in ("vpt", "spt") for deep in (True, False)}  # fmt: skip
+    assert [made["spt", deep].opt.num_tokens for deep in (True, False)] == [20, 100]
+    assert [made["vpt", deep].drop.p for deep in (True, False)] == [0.1, 0.0]

@@ -350,3 +350,36 @@ def test_an_adapted_form_is_labelled():
     model = adapt(vim(), "e2vpt", num_classes=3, num_tokens=2)
     assert model.labels == ("e2vpt_in",) and model.summary().startswith("e2vpt_in on vim_tiny")
     assert adapt(vit(), ["e2vpt", "lora"], num_classes=3).labels == ("e2vpt", "lora")
+
+
+def test_a_second_training_begins_with_whole_masks():
+    options = dict(num_tokens=4, kv_tokens=2, preset="published")
+    model, data = adapt(vit(), "e2vpt", num_classes=3, **options), splits(train=16, val=6, test=6)
+    first = fit(model, data, recipe=RECIPE)
+    assert first.result["options"]["e2vpt"]["masks_train"] and not model.method.token_mask.all()
+    seen, remember = [], model.method.remember
+
+    def watched(run):
+        remember(run)
+        seen.append([(m.detach().clone(), m.requires_grad) for m in (model.method.token_mask, model.method.piece_mask)])
+
+    model.method.remember = watched
+    fit(model, data, recipe=RECIPE)
+    assert all(mask.eq(1).all() and trains for mask, trains in seen[0])
+
+
+def test_the_hole_of_a_fixed_frame_is_as_large_as_the_picture():
+    for dtype in (torch.float32, torch.bfloat16):
+        net = create_backbone("vit_nano", img_size=288, depth=1).to(dtype)
+        method = adapt(net, "autovp", num_classes=3, scale=1.4, learnable=False, probe=False).method
+        assert int((method.mask() == 0).sum()) == method.input_side() ** 2
+
+
+def test_on_a_vit_hidden_is_the_stream():
+    net, x = vit().double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    one, two = (
+        adapt(net, "svp", num_classes=3, hidden=4, add_to="branch", scale_init=0.5, gen_input=read)
+        for read in ("hidden", "sum")
+    )
+    with torch.no_grad():
+        assert torch.equal(one(x), two(x))

@@ -20,6 +20,10 @@ BAD = [
     ("vim", "fact", dict(rank=17), "larger than the width"), ("vit", "prompt_tuning", dict(type="suffix"), "knows no order"),
     ("vim", "prompt_tuning", dict(hidden=3), "projection=true"), ("vim", "state_offset", dict(ratio=2), "give rank too"),
     ("vim", "partial", dict(parts=("A", "A")), "stands twice"), ("vit", "adapter", dict(kind="houlsby", scale="learned"), "a scale belongs"),
+    ("vit", "adapter", dict(kind="pfeiffer", scale=0.1), "a scale belongs"), ("vit", "fact", dict(interleaved=True, kind="tt", rank=4), "kind tk"),
+    ("vim", "fact", dict(interleaved=True, rank=4), "of a ViT"), ("vim", "svp", dict(generator_init="zero_up"), "alpha and beta start at zero"),
+    ("vit", "svp", dict(generator_init="zero_up", scale_init=1.0, cross_act="relu"), "behind a relu"),
+    ("vim", "svp", dict(add_to="branch"), "no hidden output alone"), ("vit", "svp", dict(add_to="branch", cross_source="first_half"), "cross_source"),
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """SDT: two phases, alone and in a run that is resumed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,18 @@ def test_sdt_trains_in_two_phases(images):
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(other(images), model(images))
+
+
+def test_what_stands_beside_it_starts_again_after_the_warm_up():
+    methods = [("sdt", dict(freeze_channels=0.8, freeze_states=0.5)), ("lora", dict(rank=2))]
+    model = adapt(net_of("vim"), methods, num_classes=3)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = SimpleNamespace(model=model)
+    first, second = model.method.phases(Recipe(epochs=2))
+    first.begin(run)
+    stirred(model)
+    second.begin(run)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from methods.nets import net_of, stirred
 from support import assert_close
 from svp.errors import SvpError
-from svp.model import adapt
+from svp.model import adapt, load
 
 TOGETHER = [
     ("vim", ["svp", "lora"]), ("vim", ["affix", "lora", "partial"]), ("vim", [("state_offset", {"kind": "y"}), "additional_scan", "ssf"]),
@@ -63,10 +63,30 @@ def test_merged_is_unmerged_whatever_the_order(methods, images):
         assert_close(model.merge().eval()(images), model.eval()(images), "logits", 1e-10)
 
 
-@pytest.mark.parametrize("method", ["state_offset", "initial_state"])
-def test_a_state_for_other_states_is_refused(method):
-    with pytest.raises(SvpError, match="holds 4 states of a scan that another method gives 10"):
-        adapt(net_of("vim"), ["additional_scan", method], num_classes=3)
+MEMORIES = [("state_offset", {}), ("state_offset", dict(rank=2)), ("initial_state", {}), ("affix", {})]
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=str)
+@pytest.mark.parametrize("pos", ["prefix", "suffix"])
+def test_a_memory_holds_the_states_that_another_method_adds(memory, pos, images, tmp_path):
+    more = ("additional_scan", dict(n=3, pos=pos, init="mambapeft"))
+    net = net_of("vim")
+    model = stirred(adapt(net, [memory, more], num_classes=3)).eval()
+    held = model.method.parts[memory[0]].memory(0, {f"{k}": torch.zeros(32) for k in ("D",)})
+    sizes = {t.shape[-1] for t in (held.h0, held.offset) if t is not None}
+    assert sizes == (set() if memory[0] == "affix" else {4 + 3})
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path, net)(images), model(images))
+        merged = stirred(adapt(net, [more], num_classes=3)).merge()  # a network that has the states already
+        alone = adapt(merged, [memory], num_classes=3, probe=False).eval()
+        both = adapt(net, [memory, more], num_classes=3, probe=False).eval()
+        both.method.parts["additional_scan"].load_state_dict(
+            stirred(adapt(net, [more], num_classes=3)).method.state_dict()
+        )
+        both.method.parts[memory[0]].load_state_dict(alone.method.state_dict())
+        both.head = alone.head
+        assert_close(both(images), alone(images), "logits", 1e-12)
 
 
 def test_two_memories_are_refused(images):

@@ -51,6 +51,14 @@ def test_an_odd_last_picture_stays_whole():
         torch.testing.assert_close(targets[-1], want)
 
 
+def test_some_batches_stay_whole():
+    mixer, mixed = Mixer(MIXED.but(mixup_prob=0.5), 4), []
+    for step in range(40):
+        with chance(CPU, step):
+            mixed.append(not torch.equal(mixer(IMAGES, LABELS)[0], IMAGES))
+    assert 10 < sum(mixed) < 30
+
+
 def test_chance_leaves_the_generators_alone():
     import random
 

@@ -284,6 +284,10 @@ class Block:
         if memory is not None and not isinstance(memory, Scan):
             raise SvpError(f"block {self.i} of {net.name} holds a scan, the method gives it {type(memory).__name__}")
         scale, memory = 0.5 if net.divide_out else 1.0, memory or Scan()
+        if memory.before is not None:
+            left = [left_behind(mod, w, x, twin, net.kernel) for x, twin in zip(memory.before, ("", "_b"), strict=True)]
+            h0, past = (torch.stack(of_both, dim=1) for of_both in zip(*left, strict=True))
+            memory = memory._replace(h0=h0, past=past, before=None)
         xz = beside(linear(mod.in_proj, w, "in_proj", h), h, extra, "in_proj")
         if at is None and net.scan_type == "v2" and all(is_plain(getattr(mod, name)) for name in INNER):
             pair = (direction(w, twin, memory.direction(k)) for k, twin in enumerate(("", "_b")))
@@ -312,7 +316,8 @@ def direction(w: Weights, twin: str, memory: Scan) -> Direction:
     return Direction(
         w[f"conv1d{twin}.weight"].squeeze(1), w.get(f"conv1d{twin}.bias"), w[f"x_proj{twin}.weight"],
         w.get(f"x_proj{twin}.bias"), w[f"dt_proj{twin}.weight"], w.get(f"dt_proj{twin}.bias"),
-        negative_exp(w["A_b_log" if twin else "A_log"]), w["D" + twin], *memory,
+        negative_exp(w["A_b_log" if twin else "A_log"]), w["D" + twin],
+        memory.h0, memory.past, memory.offset, memory.bias,
     )  # fmt: skip
 
 
@@ -348,10 +353,24 @@ def convolved(w: Weights, x: Tensor, twin: str, memory: Scan, reverse: bool, ker
     return causal_conv1d(x, weight, bias, activation="silu", past=memory.past, reverse=reverse, kernel=kernel)
 
 
+def left_behind(mod: nn.Module, w: Weights, x: Tensor, twin: str, kernel: str) -> tuple[Tensor, Tensor]:
+    """x (b, m, e) columns -> what they leave in the direction `twin`: state (b, e, n), past (b, e, taps - 1)."""
+    A_log, taps = w["A_b_log" if twin else "A_log"], w[f"conv1d{twin}.weight"].shape[-1]
+    past = F.pad(x, (0, 0, taps - 1, 0))[:, x.shape[1] :].transpose(1, 2)
+    if not x.shape[1]:
+        return A_log.new_zeros(len(x), *A_log.shape), past
+    u = convolved(w, x, twin, Scan(), False, kernel)
+    _, state = scan_one_way(
+        mod, w, u, twin, "A_b_log" if twin else "A_log", Scan(), False, kernel, return_last_state=True
+    )
+    return state, past
+
+
 def scan_one_way(
-    mod: nn.Module, w: Weights, u: Tensor, twin: str, a_name: str, memory: Scan, reverse: bool, kernel: str
-) -> Tensor:
-    """u (b, l, e) -> scan with the input-dependent delta, B, C of one direction, plus the skip term D u."""
+    mod: nn.Module, w: Weights, u: Tensor, twin: str, a_name: str, memory: Scan, reverse: bool, kernel: str,
+    return_last_state: bool = False,
+) -> Any:  # fmt: skip
+    """u (b, l, e) -> scan with the input-dependent delta, B, C of one direction, plus the skip term D u; the state, too."""
     x_proj, dt_proj = getattr(mod, f"x_proj{twin}"), getattr(mod, f"dt_proj{twin}")
     A = negative_exp(w[a_name])  # (e, n)
     n = A.shape[1]
@@ -362,6 +381,7 @@ def scan_one_way(
     return selective_scan(
         u, delta, A, B, C, w["D" + twin], delta_bias=delta_bias, delta_softplus=True,
         h0=memory.h0, offset=memory.offset, bias=memory.bias, reverse=reverse, kernel=kernel,
+        return_last_state=return_last_state,
     )  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from svp.errors import SvpError
-from svp.seams import Site, Weights
+from svp.seams import Site
 
 VIM = {
     "norm": "norm", "in_proj": "mixer.in_proj", "x_proj": "mixer.x_proj", "x_proj_b": "mixer.x_proj_b",
@@ -21,12 +20,3 @@ def layers(site: Site, i: int) -> dict[str, str]:
     """{layer: published name without `.weight`} of block i, in the order in which data passes; {} for another network."""
     front, table = (f"blocks.{i}.", VIT) if is_vit(site) else (f"layers.{i}.", VIM)
     return {layer: front + name for layer, name in table.items() if f"{front}{name}.weight" in site.weights}
-
-
-def same_states(n: int, w: Weights, method: str) -> None:
-    """Raise SvpError where another method has given the scan more states than `method` was made for."""
-    now = w["A_log"].shape[1] if "A_log" in w else n
-    if now != n:
-        raise SvpError(
-            f"{method} holds {n} states of a scan that another method gives {now}", "leave out additional_scan", "usage"
-        )

@@ -25,7 +25,8 @@ class Adapter(Method):
     adaptformer  branch(x) + scale a(x) beside the MLP (ViT, direct) or the mixer (Vim, adapted), x the stream before its norm
     parallel     Vim (direct): scale a(o) beside out_proj, o the gated mean of both directions; no biases (MambaPEFT)
     pfeiffer     y + a(y) after the MLP (ViT, direct) or the mixer (Vim, adapted);  houlsby: after attention too
-    Ours: relu in Houlsby and Pfeiffer, whose papers leave it open; the places on Vim, which has no MLP.
+    Ours: relu in Houlsby and Pfeiffer, whose papers leave it open; the places on Vim, which has no MLP; stochastic depth drops
+    an adapter with the branch that it stands beside.
     Left out: AdaptFormer's LayerNorm behind the adapter, which is not the frozen network at the start.
     Source: arXiv 2205.13535 (AdaptFormer, repository ShoufaChen/AdaptFormer), 2411.03855 (parallel), 1902.00751 (Houlsby),
     2005.00247 (Pfeiffer).
@@ -37,8 +38,9 @@ class Adapter(Method):
         hidden: int | None = option(
             None, "width between down and up; none: adaptformer 64, parallel 32, houlsby and pfeiffer 8", low=1
         )
-        scale: float | Literal["learned"] = option(
-            0.1, "factor beside a branch (adaptformer, parallel); learned: one trained number a place, from 1"
+        scale: float | Literal["learned"] | None = option(
+            None,
+            "factor beside a branch (adaptformer, parallel; none: 0.1); learned: one trained number a place, from 1",
         )
         bias: bool = option(True, "biases in both layers; parallel has none")
         dropout: float = option(0.0, "after the activation, in training; published AdaptFormer: 0.1", low=0.0, high=0.9)
@@ -64,7 +66,7 @@ class Adapter(Method):
             return "the parallel adapter stands beside out_proj of a Mamba block; on a ViT take kind=adaptformer"
         if opt.layernorm == "in" and opt.kind != "adaptformer":
             return 'layernorm belongs to kind "adaptformer"'
-        if opt.scale == "learned" and opt.kind in ("houlsby", "pfeiffer"):
+        if opt.scale is not None and opt.kind in ("houlsby", "pfeiffer"):
             return 'a scale belongs to kinds "adaptformer" and "parallel"'
         return None
 
@@ -73,7 +75,8 @@ class Adapter(Method):
         return None if is_vit(site) or opt.kind == "parallel" else "adapter_vim"
 
     def __init__(self, site, opt, num_classes):
-        opt = dataclasses.replace(opt, hidden=opt.hidden or WIDTHS[opt.kind])
+        scale = 0.1 if opt.scale is None and opt.kind in ("adaptformer", "parallel") else opt.scale
+        opt = dataclasses.replace(opt, hidden=opt.hidden or WIDTHS[opt.kind], scale=scale)
         super().__init__(site, opt, num_classes)
         self.parts = nn.ModuleDict()
         for i, block in enumerate(site.blocks):
@@ -103,7 +106,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, opt, bias: bool):
         super().__init__()
-        self.scale = 1.0 if opt.kind in ("houlsby", "pfeiffer") else opt.scale
+        self.scale = 1.0 if opt.scale is None else opt.scale
         if self.scale == "learned":
             self.scale = nn.Parameter(torch.ones(1))
         self.norm = nn.LayerNorm(d_in) if opt.layernorm == "in" else nn.Identity()

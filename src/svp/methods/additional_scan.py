@@ -20,9 +20,10 @@ class AdditionalScan(Method):
     first ("prefix", published) or the last ("suffix").
     init "zero_c": B as a linear layer starts, C zero: the frozen network, and it learns (arXiv 2503.03499, dim_extend);
     "mambapeft": B and C both as a linear layer starts, which changes the output at the start.
-    Vim: direct. A ViT has no scan.
+    Vim: direct. A ViT has no scan. Memories that act together with it hold the new states too.
+    Ours: zero_c beside the place "prefix", which copies the first column where dim_extend copies the last.
     Left out: the published zero start of both B and C ("zero_init_x_proj"), which never learns, as all its gradients are zero;
-    constant starts of the new A, as the released settings copy.
+    starts of the new A at log(N + 1) … or a constant, as the released settings copy.
     Source: arXiv 2411.03855, repository sony/MambaPEFT, additional_scan.
     """
 
@@ -72,6 +73,10 @@ class AdditionalScan(Method):
                 changed[bias] = self.spliced(code, none, old_B, none, old_C)
             changed[a] = torch.cat([A_log, w[a]] if first else [w[a], A_log], dim=1)
         return changed
+
+    @classmethod
+    def new_states(cls, opt):
+        return opt.n
 
     def groups(self):
         """The new A is not decayed, as published."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from svp.errors import nearest
 from svp.methods._generator import Generator
 from svp.methods.base import Method
-from svp.ops import causal_conv1d, selective_scan
-from svp.ops.precision import wide
 from svp.options import option
 from svp.seams import Scan
 
@@ -23,7 +20,7 @@ class Affix(Method):
     """n tokens before the sequence of each direction of each block; their outputs are dropped.
 
     All the picture sees of them is the state and the last inputs of the convolution that they leave behind, so the block's
-    own weights run over them once and a scan starts from there (`memory`); equal to inserting them.
+    own weights run over them once and a scan starts from there (`memory`, `Scan.before`); equal to inserting them.
     inner   tokens are columns behind in_proj, for each direction its own (dual) or the same (single)
     outer   tokens stand before in_proj, without the block's norm: in front of the sequence (single: the backward scan meets
             them last, when nothing is left to see them) and behind it too (dual)
@@ -79,13 +76,10 @@ class Affix(Method):
         return self.generator(i)[None]
 
     def memory(self, i, w):
-        x = self.columns(self.tokens(i), w)
-        left = [left_behind(x[0], w, ""), left_behind(x[1], w, "_b")]
-        h0, past = (torch.stack(pair, dim=1) for pair in zip(*left, strict=True))
-        return Scan(h0=h0, past=past)
+        return Scan(before=tuple(self.columns(self.tokens(i), w)))
 
     def columns(self, tokens: Tensor, w) -> list[Tensor]:
-        """What each direction's convolution gets of the tokens, in its own order: two of (b, n, e)."""
+        """What each direction's convolution gets of the tokens, in its own order: two of (1, n, e)."""
         e = w["D"].shape[0]
         parts = list(tokens.chunk(self.count, dim=-1))
         if self.is_inner:
@@ -93,20 +87,3 @@ class Affix(Method):
         bias = w.get("in_proj.bias")
         forward, *backward = (F.linear(p, w["in_proj.weight"][:e], None if bias is None else bias[:e]) for p in parts)
         return [forward, backward[0].flip(1) if backward else forward[:, :0]]
-
-
-def left_behind(x: Tensor, w, twin: str) -> tuple[Tensor, Tensor]:
-    """x (b, n, e) columns -> what they leave in the direction `twin`: state (b, e, states), past (b, e, taps - 1)."""
-    A_log, taps = w["A_b_log" if twin else "A_log"], w[f"conv1d{twin}.weight"][:, 0]
-    past = F.pad(x, (0, 0, taps.shape[1] - 1, 0))[:, x.shape[1] :].transpose(1, 2)
-    if not x.shape[1]:
-        return A_log.new_zeros(len(x), *A_log.shape), past
-    u = causal_conv1d(x, taps, w.get(f"conv1d{twin}.bias"), activation="silu")
-    n, r = A_log.shape[1], w[f"dt_proj{twin}.weight"].shape[1]
-    code, B, C = F.linear(u, w[f"x_proj{twin}.weight"], w.get(f"x_proj{twin}.bias")).split([r, n, n], dim=-1)
-    A = -torch.exp(wide(A_log))
-    _, state = selective_scan(
-        u, F.linear(code, w[f"dt_proj{twin}.weight"]), A, B, C, delta_bias=w[f"dt_proj{twin}.bias"], delta_softplus=True,
-        return_last_state=True,
-    )  # fmt: skip
-    return state, past

@@ -23,6 +23,7 @@ from svp.methods._reprogram import (
 )
 from svp.methods._texts import NAMES, names_in, read, refined, source_logits, source_names, unfit_for_texts
 from svp.methods.base import Method, Phase
+from svp.ops.precision import wide
 from svp.options import option
 
 SMALLEST, LARGEST = 0.1, 5.0  # where the trained scale is kept
@@ -43,7 +44,8 @@ class AutoVP(Method):
               before every `interval`-th epoch; semantic: by CLIP's embeddings of the names of ImageNet's classes and ours;
               each class reads the mean of `num_map` source logits
     Pictures that come at another size are resized first.
-    Ours: away from 224 pixels, 128 becomes round(128 side / 224); smaller pictures are made larger.
+    Ours: away from 224 pixels, 128 becomes round(128 side / 224); smaller pictures are made larger, so that an adapter does
+    not hang on the size that its pictures came in.
     Left out: the search over these options that gives the method its name, which is a study over runs; automatic precision
     without loss scaling and selection on test, as the released code has them, which are no matter of the method; its pull
     of a mapping of texts towards its start, which is off by default there; a mapping drawn at random (`ilm_vp` has it: rlm).
@@ -152,8 +154,9 @@ class AutoVP(Method):
 
     def mask(self) -> Tensor:
         """(side, side): 1 where delta acts."""
-        scale = self.scale.detach() if self.opt.learnable else self.delta.new_tensor([self.opt.scale])
-        inner = (self.base * scale).floor().long().clamp(max=self.side)
+        inner: Tensor | int = self.input_side()
+        if self.opt.learnable:
+            inner = (self.base * wide(self.scale.detach())).floor().long().clamp(max=self.side)
         first = (self.side - inner + (self.opt.frame == "aligned")) // 2
         return frame_mask(self.side, inner, first, self.delta)
 

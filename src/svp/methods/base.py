@@ -61,6 +61,11 @@ class Method(Seams, nn.Module):
         return None
 
     @classmethod
+    def new_states(cls, opt: Any) -> int:
+        """How many states it adds to every scan: what others hold before the first token has them too."""
+        return 0
+
+    @classmethod
     def label(cls, site: Site, opt: Any) -> str | None:
         """How tables call this method where it is not the published one, for example "e2vpt_in"; None: it is."""
         return None

@@ -23,8 +23,8 @@ class DAMVP(Method):
 
     Before training, features of at most `sample` augmented training pictures are clustered (average linkage) up to a
     distance: published for a few networks (21 ResNet-50, 31 ViT-B/16 of ImageNet-1k, 10 of 21k).
-    head "new" trains a head beside the frames (the paper's SGD gives it a rate of its own: head_lr=0.1); "features" trains
-    none: class j reads one of the features that vary most over pictures of noise. `meta` starts every frame from a saved one.
+    head "new" trains a head beside the frames, without weight decay (the paper's SGD gives it a rate of its own, head_lr=0.1,
+    which is none for AdamW); "features" trains none: class j reads one of the features that vary most over pictures of noise. `meta` starts every frame from a saved one.
     The released code's slip in the momentum's name (momentum 0) is the recipe's, and so is its schedule that overwrites
     the head's rate: without head_lr both share one. A picture costs a second frozen pass.
     Ours: the default distance, of 40 values between the 5th and 95th percentile of all distances the smallest that gives at
@@ -42,12 +42,10 @@ class DAMVP(Method):
         sample: int = option(1000, "training pictures that are clustered", low=2)
         size: int | None = option(None, "width of the frame in pixels; none: round(30 side / 224)", low=1)
         head: Literal["new", "features"] = option("new", "a trained head, or chosen features as logits")
-        head_lr: float | None = option(
-            None, "the head's own learning rate, without weight decay; none: as all", above=0.0
-        )
+        head_lr: float | None = option(None, "the head's own learning rate; none: as all", above=0.0)
         meta: str | None = option(None, "a .safetensors file with the frame to start from, of vp or damvp")
 
-    PRESETS = {"head_free": dict(head="features"), "paper": dict(head_lr=0.1)}
+    PRESETS = {"head_free": dict(head="features"), "paper": dict(head_lr=0.1), "published": {}}
     paper = "arXiv 2303.08138 (CVPR 2023)"
     params_formula = "clusters 12 q (side - q), q = size"
     default_lr = 1e-1
@@ -75,7 +73,7 @@ class DAMVP(Method):
         return ChosenFeatures(site.num_features, num_classes) if self.opt.head == "features" else None
 
     def groups(self):
-        return {"head.*": {"lr": self.opt.head_lr, "decay": 0.0}} if self.opt.head_lr else {}
+        return {"head.*": {"decay": 0.0, **({"lr": self.opt.head_lr} if self.opt.head_lr else {})}}
 
     def phases(self, recipe):
         return [Phase(recipe, self.begin)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -111,10 +110,9 @@ class E2VPT(VPT):
         return [Phase(recipe, self.remember), Phase(recipe, self.prune)]
 
     def remember(self, run):
-        if self.opt.masks:
-            self.opt = dataclasses.replace(self.opt, masks_train=self.given.masks_train)
-            for mask in (self.token_mask, self.piece_mask):
-                mask.requires_grad_(self.opt.masks_train)
+        for mask in (self.token_mask, self.piece_mask):
+            mask.data.fill_(1)  # of an earlier training, where this is another
+            mask.requires_grad_(self.opt.masks_train)
         self.start = {name: t.detach().clone() for name, t in run.model.state_dict().items()}
 
     def prune(self, run):
@@ -131,7 +129,12 @@ class E2VPT(VPT):
             ):  # fmt: skip
                 mask.fill_(1).scatter_(-1, lowest(score, masked_count(score.shape[-1], share, kept)), 0)
                 mask.requires_grad_(False)
-        self.opt = dataclasses.replace(self.opt, masks_train=False)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.opt.masks:
+            for mask in (self.token_mask, self.piece_mask):  # what is masked is so for ever
+                mask.requires_grad_(self.opt.masks_train and bool(mask.all()))
 
     def scores(self, run) -> tuple[Tensor, Tensor]:
         """How much the training loss minds each token (T,) and each piece (T, pieces): low is what may go."""

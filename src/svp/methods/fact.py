@@ -18,10 +18,12 @@ class FacT(Method):
 
     A block of a ViT holds 12: q, k, v, proj, four of fc1, four of fc2 (direct). A Vim block holds 6: four of in_proj, two of
     out_proj (adapted). tt: T_j (r, r) each its own; tk: T_j = sum_s P_sj C_s with C (r, r, r), P (r, blocks).
-    V starts at zero: the frozen network; U and tt's T as linear layers, C and P Xavier.
+    V starts at zero: the frozen network; U and tt's T as linear layers, those of a weight with several blocks in a row as
+    one layer over all of them; C and P Xavier.
+    interleaved: the released tk lays the four T of fc1 (and of fc2, turned over) side by side, entry by entry, before it cuts
+    them into blocks again, so that each block holds entries of all four: another family than the paper's.
     Ours: the default scale, which the source chooses for each task; the blocks of Vim.
-    Left out: dropout of the code (0.1), so that the change stays a weight; the interleaved order in which the released code
-    cuts T of fc1 and fc2, which is another naming of the same family.
+    Left out: dropout of the code (0.1), so that the change stays a weight.
     Source: arXiv 2212.03145; repository JieShibo/PETL-ViT, FacT.
     """
 
@@ -30,8 +32,9 @@ class FacT(Method):
         kind: Literal["tk", "tt"] = option("tk", "Tucker or tensor-train")
         rank: int = option(16, "rank of the factors", low=1)
         scale: float = option(1.0, "factor of what is added")
+        interleaved: bool = option(False, "tk on a ViT: T of fc1 and fc2 cut as the released code cuts them")
 
-    PRESETS = {"tk": {}, "tt": dict(kind="tt")}
+    PRESETS = {"tk": {}, "tt": dict(kind="tt"), "published": dict(interleaved=True)}
     paper = "arXiv 2212.03145 (AAAI 2023)"
     params_formula = "2 d r + blocks r + r³ (tk), 2 d r + blocks r² (tt); blocks: ViT 12 depth, Vim 6 depth"
     default_lr = 3e-3
@@ -43,6 +46,8 @@ class FacT(Method):
         d = site.blocks[0].width
         if opt.rank > d:
             return f"rank {opt.rank} is larger than the width {d}"
+        if opt.interleaved and (opt.kind == "tt" or not is_vit(site)):
+            return "interleaved belongs to fc1 and fc2 of a ViT, kind tk"
         for name in projections(site):
             shape = tuple(site.weights[name].shape)
             if shape[0] % d or shape[1] % d:
@@ -65,7 +70,9 @@ class FacT(Method):
             nn.init.xavier_uniform_(self.C)
             nn.init.xavier_uniform_(self.P)
         else:
-            self.T = nn.Parameter(torch.stack([nn.Linear(r, r, bias=False).weight.detach() for _ in range(count)]))
+            widths = [columns for rows, columns in self.grids.values() for _ in range(rows * columns)]
+            starts = [nn.Linear(r, r, bias=False).weight.detach() / width**0.5 for width in widths]
+            self.T = nn.Parameter(torch.stack(starts))
 
     def cores(self) -> Tensor:
         """(blocks, r, r)"""
@@ -75,10 +82,19 @@ class FacT(Method):
         changed: dict[str, Tensor] = {}
         cores = self.cores().split([rows * columns for rows, columns in self.grids.values()])
         for (name, grid), T in zip(self.grids.items(), cores, strict=True):
+            if self.opt.interleaved and ".mlp." in name:
+                T = interleaved(T, turned=grid[1] > 1)
             left = torch.einsum("ob,jab->joa", self.V, T).unflatten(0, grid)  # (rows, columns, d, r)
             added = (left @ self.U).transpose(1, 2)  # (rows, d, columns, d)
             changed[name] = w[name] + self.opt.scale * added.reshape(w[name].shape)
         return changed
+
+
+def interleaved(T: Tensor, turned: bool) -> Tensor:
+    """T (m, r, r) of one weight, cut as released: entry by entry side by side (r, r m), then into m blocks (m, r, r)."""
+    m, r, _ = T.shape
+    blocks = T.permute(1, 2, 0).reshape(r, m, r).transpose(0, 1)
+    return blocks.transpose(1, 2) if turned else blocks
 
 
 def projections(site) -> list[str]:

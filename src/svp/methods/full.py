@@ -12,6 +12,7 @@ class Full(Method):
     """weights: the method's own copy in place of each published tensor; also how a backbone is pre-trained.
 
     The source head is not part of it (the model has a head of its own). `merge()` gives the trained backbone.
+    Left out: the released VPT's AdamW, whose weight decay is 0.01 whatever is asked for: `-r weight_decay=0.01`.
     """
 
     paper = "the common baseline; arXiv 2412.08947 Table 1, row Full"

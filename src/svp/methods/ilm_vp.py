@@ -30,11 +30,11 @@ class ILMVP(Method):
     additive   the picture keeps its size; program * frame of width `width` is added to it after normalisation
     ilm        the map follows the frequencies of predictions, before every `interval`-th epoch;  flm: once, before training
     rlm        a map drawn once
-    The program starts at 0: an expansive frame at mid-grey. The released code leaves classes without training pictures
-    out of the map and breaks; here every class has its source.
+    The program starts at 0: an expansive frame at mid-grey.
     On CLIP's picture side the sources are texts, 81 for each class, each "a photo of a NAME" in other words; the released
     code has additive prompts there (`preset="clip"`).
     Ours: sizes away from 224 pixels are in proportion; smaller pictures are made larger (`preset="low_shot"`: they are not).
+    Left out: that a class without training pictures shifts the columns of the map behind it; here every class has its source.
     Source: arXiv 2211.11635; repository OPTML-Group/ILM-VP, models/visual_prompt.py and algorithms/.
     """
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from svp.methods._layers import same_states
 from svp.methods.base import Method
 from svp.options import option
 from svp.seams import Scan
@@ -52,8 +51,6 @@ class InitialState(Method):
         self.past = nn.ParameterList(torch.zeros(1, b.k, b.e, b.taps - 1) for b in site.blocks if opt.conv)
 
     def memory(self, i, w):
-        if self.opt.state:
-            same_states(self.h0[i].shape[-1], w, "initial_state")
         return Scan(h0=self.h0[i] if self.opt.state else None, past=self.past[i] if self.opt.conv else None)
 
     def groups(self):

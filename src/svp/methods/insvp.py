@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svp.methods._layers import is_vit
 from svp.methods.base import Method
 from svp.methods.svp import simam
 from svp.methods.vpt import VPT, Position
@@ -24,7 +25,8 @@ class InsVP(VPT):
     Released code never gives the token network to the optimiser (preset "published": it keeps its random start), and
     draws its dropout anew for every block; `token_once` computes it once a pass, as evaluation does: ours, and faster.
     Ours: widths other than 768 take T d / cells channels at the end of the token network; away from 224 pixels its map is
-    pooled to the patch grid; where tokens cannot be inserted the picture's part acts alone (label "insvp_image").
+    pooled to the patch grid; where tokens cannot be inserted the picture's part acts alone (label "insvp_image"; others:
+    "insvp_vim", "insvp_once", "insvp_width").
     Source: Liu et al., ACM MM 2024; repository zhoujiahuan1991/MM2024-InsVP, models/InstanceVPD.py and tokenPrompt.py.
     """
 
@@ -67,7 +69,11 @@ class InsVP(VPT):
 
     @classmethod
     def label(cls, site, opt):
-        return None if has_tokens(site, opt) else "insvp_image"
+        if not has_tokens(site, opt):
+            return "insvp_image"
+        if not is_vit(site):
+            return "insvp_vim"
+        return "insvp_once" if opt.token_once else None if site.blocks[0].width == 768 else "insvp_width"
 
     def __init__(self, site, opt, num_classes):
         Method.__init__(self, site, opt, num_classes)

@@ -32,11 +32,12 @@ class Lora(Method):
     `k`, `v` (d, d), `proj`, `fc1`, `fc2`. On both `embed`, the patch embedding (d, 3 patch²).
     The scale is a plain factor (peft's lora_alpha / r). rslora divides it by sqrt(rank): scale is then peft's lora_alpha.
     dora: W' = m (W + scale · up @ down) / its norm, m starting at the norm of W, no gradient through the norm; a norm for
-    each input ("column", MambaPEFT) or each output ("row", the DoRA paper and peft). The released MambaPEFT starts the
-    backward m of d, B and C from the forward rows; here each starts at its own.
+    each input ("column", MambaPEFT) or each output ("row", the DoRA paper and peft). On targets that overlap the changes add
+    up, each of the frozen weight.
     Dropout acts on the rank-sized code of projections and, as published, not on x_proj, d, B, C, dt; there is
     none with dora (as in MambaPEFT). On a ViT direct, at q and v as in the paper.
     Ours: default ranks; no dropout on embed, nor beside dora on a ViT; dora on embed too; beside others dora comes first.
+    Left out: the released start of dora's m for the backward d, B and C, which is the norm of the forward rows.
     Source: arXiv 2106.09685, 2402.09353 (DoRA), 2312.03732 (rsLoRA); the partial forms: arXiv 2411.03855, repository
     sony/MambaPEFT (scale 0.1).
     """
@@ -54,7 +55,11 @@ class Lora(Method):
         )
         rslora: bool = option(False, "divide the scale by sqrt(rank)")
 
-    PRESETS = {"published": dict(scale=0.1, dropout=0.1), "dora": dict(dora=True)}
+    PRESETS = {
+        "published": dict(scale=0.1, dropout=0.1),
+        "dora": dict(dora=True),
+        "published_dora": dict(dora=True, scale=0.1),
+    }
     paper = "arXiv 2106.09685; partial targets: arXiv 2411.03855; DoRA: 2402.09353; rsLoRA: 2312.03732"
     params_formula = (
         "depth * sum over targets (x_proj, d, B, C, dt: of each direction) of rank (in + out), dora column + in, row + out; "
@@ -125,14 +130,14 @@ class Lora(Method):
         return {**weights, **self.changed(weights, beside)}
 
     def changed(self, w, chosen) -> dict[str, Tensor]:
-        """The weights with the products of the slices `chosen` in them."""
+        """The weights with the products of the slices `chosen` in them; slices that overlap add up."""
         changed: dict[str, Tensor] = {}
         for j in chosen:
             name, rows, _ = self.slices[j]
-            base = changed.get(name, w[name])
+            base = w[name]
             added = self.added(j, base.flatten(1)[rows])
             padded = F.pad(added, (0, 0, rows.start or 0, len(base) - (rows.stop or len(base))))
-            changed[name] = base + padded.view_as(base)
+            changed[name] = changed.get(name, base) + padded.view_as(base)
         return changed
 
     def added(self, j: int, base: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ class SDT(Method):
 
     Phase one trains an offset of all of A_log. Then the channels with the largest sum of squares, and in each of them the
     states with the largest square, are kept; the warm-up's offset is thrown away and the offsets at these places train
-    from zero. `+lora` on out_proj and in_proj (rank 8) completes the published recipe (SDLoRA).
-    In a loop of your own call `warm_up()`, train, call `choose()`, make the optimiser anew; until then the first channels
-    and states stand in. A ViT has no scan.
+    from zero; head and methods beside it start again, too. `+lora` on out_proj and in_proj (rank 8) completes the published
+    recipe (SDLoRA). In a loop of your own call `warm_up()`, train, call `choose()`, make the optimiser (and what else
+    trains) anew; until then the first channels and states stand in. A ViT has no scan.
     Ours: the warm-up is in epochs (in the source 248 or 499 steps); both directions of Vim; at least one channel and state.
     Left out: the published third set, states that are switched off, which has size 0 in all released settings.
     Source: arXiv 2410.09016; repository furiosa-ai/ssm-peft, sd_lora.py.
@@ -86,6 +86,7 @@ class SDT(Method):
 
     def warm_up(self, run=None) -> None:
         """From here an offset of all of A_log trains, and nothing else of this method."""
+        self.start = {name: p.detach().clone() for name, p in self.others(run)}
         self.warm = nn.ParameterList(self.A[j].new_zeros(self.mask(j).shape) for j in range(len(self.places)))
         self.train_only(self.warm)
 
@@ -99,8 +100,15 @@ class SDT(Method):
             self.mask(j).copy_(largest(offset, channels, int(self.mask(j).sum()) // channels))
             for part in (self.A, self.B, self.C):
                 part[j].zero_()
+        for name, p in self.others(run):
+            p.copy_(self.start[name])
         self.warm = nn.ParameterList()
         self.train_only(self)
+
+    def others(self, run) -> list[tuple[str, Tensor]]:
+        """What trains beside this method: the head, and methods that act together with it."""
+        own = {id(p) for p in self.parameters()}
+        return [] if run is None else [(name, p) for name, p in run.model.named_parameters() if id(p) not in own]
 
     def train_only(self, part: nn.Module) -> None:
         self.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svp.methods._layers import is_vit
 from svp.methods.base import Phase
 from svp.methods.vpt import VPT, Position
 from svp.options import option
@@ -22,16 +24,17 @@ class SPT(VPT):
                none); of these rows T are chosen: centres of k-means, or rows at random as the released code does
     kmeans     T centres of k-means over all tokens
     Block 0's tokens are taken before class token and positions. The pictures are augmented as in training. preset
-    "published" draws pictures with replacement and picks pooled rows at random; its shallow form knows `random` only.
+    "published" draws pictures with replacement and picks pooled rows at random.
     On Vim a pool holds the complete stream; "hidden" takes the previous mixer's output alone.
     Ours: k-means (k-means++, one start, on at most `max_rows` random rows of a pool), as no generator was released; both pools
     of Vim.
+    Left out: that the released shallow form draws random tokens whatever is asked for, which prototypes=random says.
     Source: arXiv 2402.02382; repository WangYZ1608/Self-Prompt-Tuning, train.py and Models/vpt_deep.py.
     """
 
     @dataclass(frozen=True)
     class Options:
-        num_tokens: int = option(20, "prompt tokens", low=1, high=4096)
+        num_tokens: int | None = option(None, "prompt tokens; none: 20 deep, 100 shallow", low=1, high=4096)
         deep: bool = option(True, "prompts of their own before every block; else at the first block only")
         prototypes: Literal["random", "mean", "max", "kmeans"] = option("random", "what the prompts start as")
         pick: Literal["kmeans", "random"] = option(
@@ -50,16 +53,23 @@ class SPT(VPT):
         project: ClassVar[None] = None
         dropout: ClassVar[float] = 0.0
 
-    PRESETS = {"shallow": dict(deep=False, num_tokens=100), "published": dict(pick="random", replacement=True)}
+    PRESETS = {"shallow": dict(deep=False), "published": dict(pick="random", replacement=True)}
     paper = "arXiv 2402.02382 (ICML 2024)"
     params_formula = "deep: depth T d, shallow: T d"
 
     @classmethod
     def unfit(cls, site, opt):
-        patches, pooled = site.grid[0] * site.grid[1], opt.prototypes in ("mean", "max")
+        patches, pooled, opt = site.grid[0] * site.grid[1], opt.prototypes in ("mean", "max"), resolved(opt)
         if pooled and not 2 <= opt.num_tokens <= patches + 1:
             return f"{patches} patches cannot be pooled in {opt.num_tokens} windows: 2 to {patches + 1} can"
         return super().unfit(site, opt)
+
+    def __init__(self, site, opt, num_classes):
+        super().__init__(site, resolved(opt), num_classes)
+
+    @classmethod
+    def label(cls, site, opt):
+        return None if is_vit(site) else "spt_vim"
 
     def phases(self, recipe):
         return [Phase(recipe, self.begin)]
@@ -126,6 +136,11 @@ class SPT(VPT):
             return [first]
         later = run.block_inputs(images)[1:]
         return [first, *((t.stream if self.opt.vim_pool == "stream" else t.x)[:, t.patches] for t in later)]
+
+
+def resolved(opt):
+    """The options with the number of tokens that the form asks for."""
+    return dataclasses.replace(opt, num_tokens=opt.num_tokens or (20 if opt.deep else 100))
 
 
 def pooled(x: Tensor, count: int, kind: str) -> Tensor:

@@ -18,7 +18,7 @@ class SSF(Method):
     gamma starts N(1, init_std), beta N(0, init_std): near the frozen network, not at it. ViT: both norms, qkv, proj, fc1,
     fc2, patch embedding, last norm (direct). Vim (adapted): norm, in_proj, out_proj, patch embedding, last norm, and
     with `scan` x_proj and dt_proj of each direction; the shift after a norm without a bias is carried into in_proj's.
-    Ours: the places on Vim.
+    Ours: the places on Vim; there a `repadapter` beside it does not meet the shift after the norm, which goes past it.
     Source: arXiv 2210.08823; repository dongzelian/SSF.
     """
 

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svp.methods._layers import same_states
 from svp.methods.base import Method
 from svp.ops.precision import exactly
 from svp.options import option
@@ -73,7 +72,6 @@ class StateOffset(Method):
     def memory(self, i, w):
         if self.opt.kind == "y":
             return Scan(bias=self.offset[i])
-        same_states(self.sizes[i][1], w, "state_offset")
         return Scan(offset=self.offset[i] if self.opt.rank is None else self.factored(i))
 
     def factored(self, i: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svp.errors import SvpError
+from svp.methods._layers import is_vit
 from svp.methods.base import Method, fresh_linear
 from svp.ops.add_norm import Term
 from svp.ops.add_norm.reference import ACTIVATIONS, with_terms
@@ -84,8 +85,10 @@ class SVP(Method):
             return f"layers is empty: name some of the blocks 0…{depth - 1}, or none for all"
         if outside:
             return f"layer {outside[0]} is out of range: {site.name} has blocks 0…{depth - 1}"
-        if opt.add_to == "branch" and (opt.gen_input == "hidden" or opt.cross_source == "first_half"):
-            return 'add_to "branch" needs gen_input "sum" or "normed" and cross_source "token"'
+        if opt.add_to == "branch" and opt.gen_input == "hidden" and not is_vit(site):
+            return 'add_to "branch" meets the residual stream, no hidden output alone: it needs gen_input "sum" or "normed"'
+        if opt.add_to == "branch" and opt.cross_source == "first_half":
+            return 'add_to "branch" needs cross_source "token"'
         if opt.add_to == "branch" and ("reg_token" in site.weights or ("cls_token" in site.weights and not site.cls)):
             return f'add_to "branch" knows patches and class tokens that are read, {site.name} has others'
         if opt.cross_source == "first_half":
@@ -97,6 +100,11 @@ class SVP(Method):
                 )
             if opt.prompt_cls:
                 return 'cross_source "first_half" leaves the class token alone: prompt_cls cannot be true'
+        ends = [act for is_on, act in ((opt.inner, opt.inner_act), (opt.cross, opt.cross_act)) if is_on]
+        if opt.generator_init == "zero_up" and "relu" in ends:
+            return 'generator_init "zero_up" never learns behind a relu, whose slope at zero is zero'
+        if opt.generator_init == "zero_up" and opt.scale_kind != "none" and opt.scale_init == 0:
+            return 'generator_init "zero_up" never learns where alpha and beta start at zero too: scale_init=1, or scale_kind=none'
         return None
 
     def __init__(self, site, opt, num_classes):

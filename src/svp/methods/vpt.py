@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from svp.methods._layers import is_vit
 from svp.methods.base import Method
 from svp.options import option
 
@@ -30,8 +32,8 @@ class VPT(Method):
     class Options:
         num_tokens: int = option(10, "prompt tokens", low=1, high=4096)
         deep: bool = option(True, "prompts of their own before every block; else at the first block only")
-        dropout: float = option(
-            0.1, "on the prompts, in training; the paper's code: 0.1 deep, 0 shallow", low=0.0, high=0.9
+        dropout: float | None = option(
+            None, "on the prompts, in training; none: 0.1 deep, 0 shallow", low=0.0, high=0.9
         )
         project: int | None = option(
             None, "prompts of this width, one projection for all blocks; none: the network's", low=1
@@ -41,7 +43,7 @@ class VPT(Method):
             "replace", "what deep prompts do to their places on Vim"
         )
 
-    PRESETS = {"shallow": dict(deep=False, dropout=0.0), "deep": {}}
+    PRESETS = {"shallow": dict(deep=False), "deep": {}}
     paper = "arXiv 2203.12119 (ECCV 2022); on Vim: the VPT rows of arXiv 2412.08947, positions as defined here"
     params_formula = "deep: depth T e, shallow: T e, with e = d; with a projection e = project and + e d + d"
     default_lr = 3e-2
@@ -49,9 +51,9 @@ class VPT(Method):
 
     @classmethod
     def unfit(cls, site, opt):
-        if "attn" in site.blocks[0].kinds and opt.position != "pre":
+        if is_vit(site) and opt.position != "pre":
             return f'attention knows no order of tokens: position "{opt.position}" means the same as "pre"'
-        if "attn" in site.blocks[0].kinds and opt.vim_deep != "replace":
+        if is_vit(site) and opt.vim_deep != "replace":
             return f'vim_deep "{opt.vim_deep}" is of the running sum between the blocks of a Vim'
         if opt.position.startswith("middle") and len(site.cls) != 1:
             return f'position "{opt.position}" needs one class token, {site.name} has {len(site.cls)}'
@@ -59,7 +61,13 @@ class VPT(Method):
             return "tokens cannot be inserted into a two-dimensional map whose width changes"
         return None
 
+    @classmethod
+    def label(cls, site, opt):
+        return None if is_vit(site) else "vpt_vim"
+
     def __init__(self, site, opt, num_classes):
+        if opt.dropout is None:
+            opt = dataclasses.replace(opt, dropout=0.1 if opt.deep else 0.0)
         super().__init__(site, opt, num_classes)
         d, depth = site.blocks[0].width, len(site.blocks)
         e = opt.project or d
@@ -71,7 +79,7 @@ class VPT(Method):
             nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
         self.drop = nn.Dropout(opt.dropout)
         self.inserts, self.counts_tokens = True, opt.deep
-        self.attends = "attn" in site.blocks[0].kinds
+        self.attends = is_vit(site)
 
     def block(self, tokens, i, run):
         if i > 0 and not self.opt.deep:

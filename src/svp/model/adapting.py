@@ -14,6 +14,7 @@ from svp.errors import SvpError
 from svp.methods.base import Method, Several, options_of
 from svp.model.adapted import AdaptedModel, miscounted
 from svp.registry import method_class
+from svp.seams import Seams, Site
 
 HEADS = ("linear", "two_linear")
 MethodSpec = str | tuple[str, dict[str, Any]]
@@ -45,7 +46,7 @@ def adapt(
     specs = _specs(method, options)
     site = backbone.site()
     with drawn_from(seed):
-        parts = [(name, _build(name, values, site, num_classes)) for name, values in specs]
+        parts = _built(specs, site, num_classes)
         for _, part in parts:
             part.classes = tuple(classes) if classes is not None else None
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
@@ -90,13 +91,19 @@ def _specs(method: MethodSpec | Sequence[MethodSpec], options: dict[str, Any]) -
     return [(name, {**values, **options}) for name, values in pairs]
 
 
-def _build(name: str, values: dict[str, Any], site: Any, num_classes: int) -> Method:
-    cls: type[Method] = method_class(name)
-    opt = options_of(cls, values, name)
-    reason = cls.unfit(site, opt)
-    if reason:
-        raise SvpError(f"{name} cannot act on {site.name}: {reason}", f"svp list methods {name}", kind="usage")
-    return cls(site, opt, num_classes)
+def _built(specs: list[tuple[str, dict[str, Any]]], site: Site, num_classes: int) -> list[tuple[str, Method]]:
+    """The methods by name; one that holds a memory meets the scans as those beside it leave them."""
+    classes: list[type[Method]] = [method_class(name) for name, _ in specs]
+    chosen = [(name, cls, options_of(cls, values, name)) for (name, values), cls in zip(specs, classes, strict=True)]
+    for name, cls, opt in chosen:
+        reason = cls.unfit(site, opt)
+        if reason:
+            raise SvpError(f"{name} cannot act on {site.name}: {reason}", f"svp list methods {name}", kind="usage")
+    more = sum(cls.new_states(opt) for _, cls, opt in chosen)
+    wider = dataclasses.replace(site, blocks=tuple(dataclasses.replace(b, n=b.n + more) for b in site.blocks))
+    return [
+        (name, cls(wider if cls.memory is not Seams.memory else site, opt, num_classes)) for name, cls, opt in chosen
+    ]
 
 
 def _head(head: str | nn.Module, d: int, num_classes: int, hidden: str | None = None) -> nn.Module:

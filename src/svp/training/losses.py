@@ -36,7 +36,8 @@ class Mixer:
         from timm.data import Mixup
 
         self.mixup: Any = Mixup(
-            mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, switch_prob=recipe.mixup_switch, mode="batch",
+            mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, prob=recipe.mixup_prob, switch_prob=recipe.mixup_switch,
+            mode="batch",
             label_smoothing=recipe.label_smoothing, num_classes=num_classes,
         )  # fmt: skip
         self.smoothing, self.num_classes = recipe.label_smoothing, num_classes

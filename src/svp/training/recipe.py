@@ -63,6 +63,7 @@ class Recipe:
     label_smoothing: float = option(0.1, "share of the target spread over all classes", low=0.0, high=0.999)
     mixup: float = option(0.0, "alpha of mixup's Beta; 0: off", low=0.0)
     cutmix: float = option(0.0, "alpha of cutmix's Beta; 0: off", low=0.0)
+    mixup_prob: float = option(1.0, "probability that a batch is mixed at all", low=0.0, high=1.0)
     mixup_switch: float = option(0.5, "probability of cutmix where both are on", low=0.0, high=1.0)
     drop_path: float = option(0.0, "stochastic depth of the (frozen) backbone while training", low=0.0, high=0.9)
     ema: float = option(0.0, "decay of the averaged weights that are evaluated and saved; 0: off", low=0.0, high=1.0)
