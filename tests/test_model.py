@@ -1,5 +1,7 @@
 """AdaptedModel: composition, counts, options, the probe; what every method must keep is in test_matrix.py."""
 
+import inspect
+import json
 import threading
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from svp.backbones.create import create_backbone
 from svp.errors import SvpError
 from svp.methods.base import Method
 from svp.model import adapt, load, read_json
+from svp.registry import NO_OVERRIDES
 from svp.training.trained import read_trained
 from test_matrix import backbone, step, stir
 from test_matrix import made as small
@@ -261,6 +264,57 @@ def test_two_that_train_in_phases_of_their_own_are_refused():
     model = adapt(backbone(), ["sdt", ("spt", dict(num_tokens=3))], num_classes=5)
     with pytest.raises(SvpError, match="sdt and spt both train in phases of their own"):
         model.method.phases(None)
+
+
+@pytest.mark.parametrize("key", ["trust_pickle", "weights", "kernel", "seed", "name", "img_size", "pos_resize"])
+def test_a_file_does_not_choose_what_is_trusted(key, tmp_path, images):
+    """An adapter of a stranger beside a pickle of a stranger."""
+
+    class Bomb:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    made("bitfit").save_pretrained(tmp_path / "a")
+    torch.save({"model": Bomb()}, tmp_path / "a" / "backbone.pth")
+    config = read_json(tmp_path / "a" / "adapter_config.json")
+    config["backbone"]["overrides"][key] = True
+    config["backbone"]["weights"] = "backbone.pth"
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SvpError, match=f"the field 'backbone.overrides.{key}' is missing or wrong"):
+        load(tmp_path / "a")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_reserved_words_are_those_of_create_backbone():
+    own = inspect.signature(create_backbone).parameters
+    assert set(NO_OVERRIDES) == {name for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize(
+    "field,value", [("interpolation", "foo"), ("resize", -1), ("crop", [0, 16]), ("crop", [16.5, 16])]
+)
+def test_a_preprocessing_that_is_none_gets_a_sentence(field, value, tmp_path):
+    made("bitfit").save_pretrained(tmp_path / "a")
+    config = read_json(tmp_path / "a" / "adapter_config.json")
+    config["preprocessing"][field] = value
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SvpError, match=f"preprocessing.*{field}"):
+        load(tmp_path / "a")
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", ".."):
+        with pytest.raises(SvpError, match="is the working directory"):
+            made("bitfit").save_pretrained(name)
+    assert Path.cwd() == tmp_path / "here"
+
+
+def test_a_gpu_that_nobody_has_used_is_not_seeded_for_later():
+    torch.cuda._queued_calls.clear()
+    made("svp", hidden=4)
+    assert not torch.cuda._queued_calls
 
 
 def test_adapt_leaves_the_generators_alone():

@@ -7,6 +7,7 @@ from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,10 @@ class Preprocessing:
             value = values[key]
             if len(value) != length or not all(isinstance(v, (int, float)) for v in value):
                 raise ValueError(f"'preprocessing.{key}'")
+        sizes = [*values["crop"], *([] if values.get("resize") is None else [values["resize"]])]
+        if not all(isinstance(v, int) and v > 0 for v in sizes):
+            raise ValueError("'preprocessing.crop' or 'resize'")
+        if values.get("interpolation", "bicubic") not in INTERPOLATIONS:
+            raise ValueError("'preprocessing.interpolation'")
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**fields)

@@ -101,6 +101,21 @@ def list_backbones(pattern: str = "*") -> list[str]:
     return fnmatch.filter(BACKBONES.entries(), pattern)
 
 
+NO_OVERRIDES = ("name", "weights", "img_size", "kernel", "seed", "pos_resize", "trust_pickle")
+
+
+def overrides_of(values: Any) -> dict[str, Any]:
+    """Keywords of a family that a file holds; raises ValueError for one that `create_backbone` takes itself.
+
+    What a file says must not choose what is read or trusted.
+    """
+    found = dict(values)
+    for key in found:
+        if key in NO_OVERRIDES:
+            raise ValueError(f"'backbone.overrides.{key}'")
+    return found
+
+
 def method_class(name: str) -> type:
     """The class of the method `name`: the one class of its file that knows where it is unfit."""
     entry = METHODS.get(name)

@@ -53,6 +53,14 @@ def test_the_averaged_weights_are_taken_on_request(net, tmp_path):
     assert torch.equal(read_checkpoint(path).tensors["norm_f.weight"], net.norm_f.weight)
 
 
+def test_a_file_without_averaged_weights_says_so(net, tmp_path):
+    save_backbone(net, tmp_path / "a.safetensors")
+    published(net, tmp_path / "b.pth")
+    for name in ("a.safetensors", "b.pth"):
+        with pytest.raises(SvpError, match="averaged"):
+            read_checkpoint(tmp_path / name, ema=True)
+
+
 def test_there_and_back_keeps_every_number(net, tmp_path):
     published(net, tmp_path / "a.pth")
     report = convert_checkpoint(tmp_path / "a.pth", tmp_path / "b.safetensors")

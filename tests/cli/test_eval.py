@@ -207,3 +207,21 @@ def test_what_cannot_be_measured(svp, trained, tmp_path, words, code, problem):
     }
     told = svp("eval", *(word.format(**places) for word in words))
     assert told.code == code and problem in told.err and "hint: " in told.err and told.out == ""
+
+
+def test_pictures_that_have_come_since_training_are_said(svp, config, loose, tmp_path):
+    """Whatever split they fall into, others have moved with them."""
+    words = ("train", f"folder:{loose}", "--config", config, "--method", "linear", "--epochs", "1")
+    assert svp(*words, "--out", tmp_path / "run", "-q").code == 0
+    assert "have changed since training" not in svp("eval", tmp_path / "run").err
+    first = next(loose.rglob("*.png"))
+    shutil.copy(first, first.with_name("new.png"))
+    for source in ([], [f"folder:{loose}"], [f"folder:{loose}/"]):
+        told = svp("eval", tmp_path / "run", *source, "--out", tmp_path / "out")
+        assert (
+            told.code == 0
+            and "have changed since training: some that are measured may have been trained on" in told.err
+        )
+    shutil.copytree(loose, tmp_path / "elsewhere")
+    told = svp("eval", tmp_path / "run", f"folder:{tmp_path / 'elsewhere'}", "--out", tmp_path / "out")
+    assert "have changed since training" not in told.err

@@ -201,6 +201,11 @@ def test_what_is_refused_before_anything_is_built(svp, words, code, problem, hin
         ("source: digits\nreading: fast\n", 2, "reading is 'fast', expected on_bad_image"),
         ("source: digits\nmachine: {workers: -1}\n", 2, "expected device and workers"),
         ("source: digits\ndata: 3\n", 2, "data is '3'"),
+        (
+            "source: digits\nbackbone: {name: vim_nano, weights: default, kernel: auto, img_size: [64, 64], overrides: {trust_pickle: true}}\n",
+            2,
+            "backbone is",
+        ),
         ("source: digits\nprotocol: 3\n", 2, "protocol is '3', expected a name"),
     ],
 )

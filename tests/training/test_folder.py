@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,12 @@ import pytest
 from svp.errors import SvpError
 from svp.training.folder import RunFolder, to_json
 
-SETTINGS = {"source": "digits", "recipe": {"lr": 1e-3, "betas": (0.9, 0.999)}, "machine": {"workers": 0}}
+SETTINGS = {
+    "svp_version": "0.1",
+    "source": "digits",
+    "recipe": {"lr": 1e-3, "betas": (0.9, 0.999)},
+    "machine": {"workers": 0},
+}
 
 
 def opened(path, settings=SETTINGS, **how):
@@ -71,6 +77,31 @@ def test_things_of_the_user_may_have_our_names(tmp_path, name):
         with pytest.raises(SvpError, match=f"holds other things \\({name}\\) and is no run folder"):
             opened(tmp_path, **how)
     assert (tmp_path / name / "mine.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("text", ["learning_rate: 3\nmodel: mine\n", "a: [\n", "", "source: x\nrecipe: {}\n"])
+def test_a_config_of_another_program_makes_no_run_folder(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    for name in ("model", "checkpoint", "eval"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("years of work")
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(SvpError, match=r"holds other things \(config.yaml\) and is no run folder"):
+            opened(tmp_path, **how)
+    assert len(list(tmp_path.rglob("mine.txt"))) == 3 and (tmp_path / "config.yaml").read_text() == text
+
+
+def test_what_a_kill_leaves_of_a_clearing_is_a_run_folder(tmp_path, monkeypatch):
+    with RunFolder(tmp_path).opened(SETTINGS) as folder:
+        folder.write("result.json", "{}")
+        (tmp_path / "model").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        folder.clear()
+    monkeypatch.undo()
+    assert not (tmp_path / "result.json").exists() and (tmp_path / "config.yaml").exists()
+    opened(tmp_path, overwrite=True)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from svp.data.protocols import protocol_named
 from svp.data.splits import Splits
 from svp.errors import SvpError
 from svp.methods.base import Phase
-from svp.model import load
+from svp.model import adapt, load
 from svp.training import loop, machine
 from svp.training.evaluate import evaluate
 from svp.training.loop import fit
@@ -401,7 +402,56 @@ def test_a_half_batch_is_advised_where_it_trains_the_same(batch_size, mixup, hal
     monkeypatch.setattr(type(model("svp")), "forward", hungry)
     with pytest.raises(SvpError) as err:
         fit(model("svp"), splits(), recipe=RECIPE.but(batch_size=batch_size, mixup=mixup))
-    assert ("trains the same" in err.value.hint) == halved and "grad_checkpointing" in err.value.hint
+    same = "steps by as many pictures" if mixup else "trains the same"
+    assert (same in err.value.hint) == halved and "grad_checkpointing" in err.value.hint
+
+
+def test_tensors_that_the_last_step_has_ruined_are_no_result(tmp_path):
+    """Only what is measured shows it: the loss is that before the step."""
+    with pytest.raises(SvpError, match="the val loss is nan at step 1") as err:
+        fit(model("svp"), splits(train=8), recipe=RECIPE.but(epochs=1, lr=1e38, warmup=0.0), out=tmp_path / "a")
+    assert "--lr 1e+37" in err.value.hint and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["svp", "linear"])
+def test_a_network_of_another_precision_trains(dtype, method, tmp_path):
+    net = model(method).backbone.to(dtype)
+    adapted = adapt(net, method, num_classes=3, probe=False)
+    run = fit(adapted, splits(), recipe=RECIPE.but(augment="none"), out=tmp_path)
+    assert {p.dtype for p in adapted.parameters()} == {dtype} and run.result["features_cached"] == (method == "linear")
+    again = evaluate(load(tmp_path, backbone=net), splits(), workers=0)
+    assert again.accuracy == run.test_accuracy
+    with pytest.raises(SvpError, match="images are float16, vim_tiny is"):
+        adapted(torch.zeros(1, 3, 16, 16, dtype=torch.float16))
+
+
+def test_a_second_source_is_prepared_as_a_first():
+    first, other = splits(resize="exact"), splits()
+    one, two = model("svp"), model("svp")
+    fit(one, first, recipe=RECIPE.but(epochs=1))
+    assert one.preprocessing.exact
+    for adapted in (one, two):
+        fit(adapted, other, recipe=RECIPE.but(epochs=1))
+    assert one.preprocessing == two.preprocessing and not two.preprocessing.exact
+
+
+def test_a_finished_run_is_read_where_another_precision_is_the_default(tmp_path, monkeypatch):
+    first = fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), amp="bf16", out=tmp_path)
+    assert fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), out=tmp_path).result == first.result
+    with pytest.raises(SvpError, match="amp: bf16 -> off"):
+        fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), amp="off", out=tmp_path)
+
+
+def test_numbers_of_numpy_are_seeds(tmp_path):
+    assert fit(model("svp"), splits(), recipe=RECIPE.but(epochs=1), seed=np.int64(3), out=tmp_path).result["seed"] == 3
+
+
+@pytest.mark.parametrize("field", [dict(erase=0.5), dict(color_jitter=0.3), dict(auto_augment="rand-m9-mstd0.5-inc1")])
+def test_augmentation_that_would_do_nothing_is_refused(field):
+    with pytest.raises(SvpError, match="it would do nothing") as err:
+        fit(model("svp"), splits(), recipe=RECIPE.but(**field))
+    assert err.value.hint == "-r augment=timm"
 
 
 def test_gradients_that_were_left_are_no_part_of_the_first_step():

@@ -132,7 +132,11 @@ class Backbone(nn.Module):
             raise SvpError(
                 f"images are {dtype}, expected floating point", "images.float() / 255, then minus mean, over std"
             )
-        device = next(self.parameters()).device
+        own = next(self.parameters())
+        device = own.device
+        if images.dtype != own.dtype and not torch.is_autocast_enabled(device.type):
+            theirs, ours = (str(t.dtype).removeprefix("torch.") for t in (images, own))
+            raise SvpError(f"images are {theirs}, {self.name} is {ours}", f"images.to(torch.{ours})")
         if images.device != device:
             raise SvpError(f"images are on {images.device}, {self.name} is on {device}", f"images.to('{device}')")
         opaque = images.requires_grad or torch.compiler.is_compiling() or transformed()
@@ -265,8 +269,15 @@ def drawn_from(seed: int) -> Iterator[None]:
     """What is drawn inside follows from the seed; afterwards the global generators, GPUs' included, are as they were."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with _SEEDING, torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
+        reseed(seed)
         yield
+
+
+def reseed(seed: int) -> None:
+    """torch.manual_seed of the generators that are there; on a GPU that nobody has used yet it would act later."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def tensor_digest(t: Tensor) -> str:

@@ -66,6 +66,10 @@ def read_checkpoint(path: str | Path, *, trust_pickle: bool = False, ema: bool =
     """
     path = Path(path)
     _refuse_foreign(path)
+    if ema and _is_safetensors(path):
+        raise SvpError(
+            f"{path} has one set of weights and no averaged ones beside it", "load it without ema", "artefact"
+        )
     found = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, trust_pickle, ema)
     found.tensors = _without_prefix(found)
     for name, t in found.tensors.items():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from svp.errors import SvpError, nearest
+from svp.registry import overrides_of
 from svp.training.config import read_yaml
 from svp.training.recipe import check_version
 
@@ -89,7 +90,7 @@ def backbone(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"backbone": value}
     fits(is_size(value["img_size"]))
-    overrides = dict(value["overrides"])
+    overrides = overrides_of(value["overrides"])
     if "pos_resize" in value:
         overrides["pos_resize"] = value["pos_resize"]
     return {"backbone": str(value["name"]), "weights": value["weights"], "kernel": value["kernel"],

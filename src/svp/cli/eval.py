@@ -83,7 +83,10 @@ def command(**typed: Any) -> None:
         note(
             f"{data.source} has no test split: validation is measured, on which the epoch was selected", typed["quiet"]
         )
-    beside = "" if not typed["source"] or is_own(found, data) else short_name(data.source)
+    own = is_own(found, data)
+    if found.settings.get("data") and not own and same_place(typed["source"], found.source):
+        note(f"the pictures of {data.source} have changed since training: some that are measured may have been trained on", typed["quiet"])  # fmt: skip
+    beside = "" if not typed["source"] or own else short_name(data.source)
     out = made(Path(typed["out"] or found.home / "eval" / beside))
     model = found.model(weights=typed["weights"], kernel=typed["kernel"], device=str(device))
     scores = evaluate(
@@ -143,6 +146,14 @@ def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
 def is_own(found: Trained, data: Splits) -> bool:
     """Whether these are the pictures that the run was trained on; an adapter without a run says nothing of that."""
     return (found.settings.get("data") or {}).get("hash") == data.hash()
+
+
+def same_place(given: str | None, trained_on: str | None) -> bool:
+    """Whether SOURCE is where the run's own pictures lay."""
+    if given is None or given == trained_on:
+        return True
+    here, there = (Path(str(text).partition(":")[2] or str(text)).expanduser() for text in (given, trained_on))
+    return here.exists() and there.exists() and here.samefile(there)
 
 
 def made(folder: Path) -> Path:

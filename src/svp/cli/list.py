@@ -80,7 +80,8 @@ def backbones() -> Table:
     found: Table = []
     for e in BACKBONES.entries().values():
         rows, published = ({}, {}) if e.entry_point else written(e.module)
-        weights = "in the package" if is_shipped(e.name) else "published" if e.name in published else "-"
+        of_timm = e.module.endswith(".vit") and not rows.get(e.name)  # a name of timm's, whose weights it knows
+        weights = "in the package" if is_shipped(e.name) else "published" if e.name in published or of_timm else "-"
         sizes = ", ".join(f"{k} {v}" for k, v in rows.get(e.name, {}).items())
         found.append(
             {
@@ -206,7 +207,7 @@ def place(cls: Any, site: Any) -> str:
 def backbone_page(name: str) -> Facts:
     import torch
 
-    from svp.backbones.create import family_class, shipped_weights
+    from svp.backbones.create import family_class, part_of, shipped_weights
     from svp.options import type_words
     from svp.registry import BACKBONES
 
@@ -215,9 +216,14 @@ def backbone_page(name: str) -> Facts:
     cls, sizes = family_class(module), module.VARIANTS[name]
     with torch.device("meta"):
         net = cls(name, **sizes)
-    repository, file = getattr(module, "PUBLISHED", {}).get(name, ("", ""))
-    shipped = shipped_weights(name)
-    weights = f"{shipped.name}, in the package" if shipped else f"{file} of hf:{repository}" if file else "none"
+    shipped, published = shipped_weights(name), part_of(module, "published")(name)
+    weights = (
+        f"{shipped.name}, in the package"
+        if shipped
+        else f"{published[1]} of hf:{published[0]}"
+        if published
+        else "none"
+    )
     hints = inspect.get_annotations(cls.__init__, eval_str=True)
     options = [
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -137,7 +138,7 @@ def _opened(source: str | os.PathLike | bytes, name: str, max_pixels: int) -> It
                 if picture.width * picture.height > limit:
                     raise Image.DecompressionBombError(f"{picture.width * picture.height} pixels")
                 yield picture
-    except SvpError:
+    except (SvpError, MemoryError):
         raise
     except Image.DecompressionBombError as err:
         count = int((re.findall(r"(\d+) pixels", str(err)) or ["0"])[0])
@@ -177,7 +178,9 @@ def _stream(source: str | os.PathLike | bytes, name: str) -> AbstractContextMana
     except PermissionError as err:
         raise SvpError(f"{name} cannot be read: no permission", f"chmod u+r {name}", "data") from err
     except OSError as err:
-        raise SvpError(f"{name[:200]} cannot be read: {err.strerror or err}", "check the path", "data") from err
+        of_machine = err.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the picture
+        hint, kind = ("ulimit -n 4096, or fewer --workers", "env") if of_machine else ("check the path", "data")
+        raise SvpError(f"{name[:200]} cannot be read: {err.strerror or err}", hint, kind) from err
 
 
 def _refuse_foreign(start: bytes, name: str) -> None:

@@ -66,6 +66,11 @@ class AdaptedModel(nn.Module):
         return self._frozen[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone's tensors, and of the pictures that it takes outside of autocast."""
+        return next(self.backbone.parameters()).dtype
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """Names of the classes in the order of the logits. Set to another number of names than num_classes it raises SvpError."""
         return self._classes
@@ -246,7 +251,7 @@ class AdaptedModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """All that `load` needs besides the tensors."""
-        net, dtype = self.backbone, next(self.backbone.parameters()).dtype
+        net, dtype = self.backbone, self.dtype
         return {
             "format": FORMAT,
             "svp_version": own_version(),
@@ -286,7 +291,7 @@ class AdaptedModel(nn.Module):
         try:
             for start in range(0, len(files), batch_size):
                 batch = files[start : start + batch_size]
-                images = torch.stack([transform(read_picture(path)) for path in batch]).to(device)
+                images = torch.stack([transform(read_picture(path)) for path in batch]).to(device, self.dtype)
                 with torch.inference_mode():
                     probabilities = self(images).float().softmax(-1).cpu()
                 best, index = probabilities.topk(min(top, len(names)))

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from svp.backbones.base import Backbone, drawn_from
+from svp.backbones.base import Backbone, drawn_from, reseed
 from svp.errors import SvpError
 from svp.methods.base import Method, Several, options_of
 from svp.model.adapted import AdaptedModel, miscounted
@@ -50,7 +49,7 @@ def adapt(
         for _, part in parts:
             part.classes = tuple(classes) if classes is not None else None
         joined = parts[0][1] if len(parts) == 1 else Several(parts)
-        torch.manual_seed(seed)  # again: a head's start values are the same whatever the method drew
+        reseed(seed)  # again: a head's start values are the same whatever the method drew
         own = joined.make_head(site, num_classes)
         head = "linear" if isinstance(head, str) and head == "method" else head  # as a run of such a method says it
         if own is not None and head != "linear":

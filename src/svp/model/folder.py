@@ -17,9 +17,14 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
     """An adapter folder of these files, in place of an older one; it appears whole, or the older one stays.
 
-    Raises SvpError when it holds something else than an adapter, or cannot be written. What else lies in the older one, for example the weights of a converted backbone, lies in the new one too.
+    What else lies in the older one, for example the weights of a converted backbone, lies in the new one too.
+    Raises SvpError when it holds something else than an adapter, is where this process works, or cannot be written.
     """
     folder = folder.resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise SvpError(
+            f"{folder} is the working directory, which cannot be replaced", "a folder in it: adapter/", "usage"
+        )
     old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
     work = None
     try:
@@ -28,7 +33,10 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
             raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         for name, content in files.items():
-            (work / name).write_bytes(content)
+            with open(work / name, "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
         work.chmod(0o755)
         if folder.exists():
             for path in folder.iterdir():

@@ -17,6 +17,7 @@ from svp.model.adapted import FORMAT, AdaptedModel, Prediction
 from svp.model.adapting import adapt
 from svp.model.folder import CONFIG, TENSORS, read_json
 from svp.preprocessing import Preprocessing
+from svp.registry import overrides_of
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
@@ -102,7 +103,7 @@ class Saved:
             (height, width), classes = named["img_size"], config["classes"]
             return cls(
                 str(named["name"]), str(named["weights"]), str(named["fingerprint"]), (int(height), int(width)),
-                dict(named["overrides"]), str(named.get("pos_resize", "middle")), DTYPES[named.get("dtype", "float32")],
+                overrides_of(named["overrides"]), str(named.get("pos_resize", "middle")), DTYPES[named.get("dtype", "float32")],
                 [(str(m["name"]), dict(m["options"])) for m in config["methods"]], str(config["head"]),
                 config["num_classes"], None if classes is None else list(classes),
                 Preprocessing.from_dict(config["preprocessing"]), dict(config["task"]),

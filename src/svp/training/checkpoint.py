@@ -79,6 +79,10 @@ def load_state(path: Path) -> dict[str, Any]:
     """A file of tensors and plain values; nothing in it is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as err:
+        raise SvpError(f"{path} cannot be read: {err.strerror or err}", "check its permissions", "env") from err
+    except MemoryError:
+        raise
     except Exception as err:  # torch raises many kinds for damaged files
         raise SvpError(f"{path} cannot be read: it is damaged", "start again with --overwrite", "artefact") from err
 

@@ -85,12 +85,8 @@ def evaluate(
     place = device_named(device)
     chosen = splits.split(split)
     model.to(place)
-    feed = evaluation_feed(
-        chosen,
-        prepared(model.preprocessing, splits),
-        place,
-        default_workers(place) if workers is None else workers,
-    )
+    count = default_workers(place) if workers is None else workers
+    feed = evaluation_feed(chosen, model, place, count, prepared(model.preprocessing, splits))
     used = precision(amp, None, place)
     with chance(place, seed):
         logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)

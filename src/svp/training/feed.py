@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from svp.preprocessing import Preprocessing
 from svp.training.machine import Team, cpus
 from svp.training.recipe import Recipe
 
+if TYPE_CHECKING:
+    from svp.model import AdaptedModel
+
 Batch = tuple[Tensor, Tensor, Tensor]  # images (b, 3, H, W), labels (b,), index in the split (b,)
 
 
@@ -25,6 +28,12 @@ def prepared(p: Preprocessing, data: Splits) -> Preprocessing:
         return p.but(exact=True)
     ratio = data.protocol.resize_ratio
     return p if ratio is None else p.but(resize=int(max(p.crop) / ratio))
+
+
+def as_made(model: AdaptedModel) -> Preprocessing:
+    """A model's preprocessing without what the source of an earlier training has asked for."""
+    own = model.method.preprocessing(model.backbone.preprocessing)
+    return model.preprocessing.but(exact=own.exact, resize=own.resize)
 
 
 def batches_of(order: Tensor, size: int, drop_last: bool = False) -> list[Tensor]:
@@ -43,14 +52,21 @@ def training_order(count: int, recipe: Recipe, *seeds: int) -> list[list[Tensor]
 
 @contextlib.contextmanager
 def chance(device: torch.device, *numbers: int) -> Iterator[None]:
-    """Every random generator follows from the numbers inside; afterwards those of the CPU are as they were."""
+    """Every random generator follows from the numbers inside; afterwards they are as they were."""
     number = mixed_seed(*numbers)
-    with seeded(number):
-        if device.type == "cuda":
-            torch.cuda.manual_seed(number)
-        elif device.type == "mps":
-            torch.mps.manual_seed(number)
+    with seeded(number), contextlib.ExitStack() as stack:
+        for generator in generators_of(device):
+            stack.callback(generator.set_state, generator.get_state())
+            generator.manual_seed(number)
         yield
+
+
+def generators_of(device: torch.device) -> list[torch.Generator]:
+    """Those of an accelerator that the global functions draw from."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return [torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]]
+    return [torch.mps._get_default_mps_generator()] if device.type == "mps" else []
 
 
 class Feed:
@@ -59,10 +75,10 @@ class Feed:
     Pictures come from workers in bytes, a quarter of the numbers, and whole batches are normalised on the device.
     """
 
-    def __init__(self, pictures: Pictures, device: torch.device, workers: int = 0):
+    def __init__(self, pictures: Pictures, device: torch.device, workers: int = 0, dtype: torch.dtype = torch.float32):
         self.transform = pictures.transform
         pictures.in_bytes = isinstance(self.transform, EvalTransform)
-        self.device, self.order = device, _Order()
+        self.device, self.dtype, self.order = device, dtype, _Order()
         self.workers = min(workers, len(pictures), cpus())
         self.loader: DataLoader = DataLoader(
             _Dated(pictures), batch_sampler=self.order, num_workers=self.workers, persistent_workers=self.workers > 0,
@@ -74,7 +90,8 @@ class Feed:
         self.order.items = [[(epoch, int(i)) for i in batch] for batch in batches]
         for batch in self.loader:
             images, labels, index = (part.to(self.device, non_blocking=True) for part in batch)
-            yield self.transform.normalised(images) if images.dtype == torch.uint8 else images, labels, index
+            images = self.transform.normalised(images) if images.dtype == torch.uint8 else images
+            yield images.to(self.dtype), labels, index
 
 
 class FeatureFeed:
@@ -90,15 +107,18 @@ class FeatureFeed:
 
 
 def training_feed(
-    data: Splits, p: Preprocessing, recipe: Recipe, seed: int, device: torch.device, workers: int
+    data: Splits, model: AdaptedModel, recipe: Recipe, seed: int, device: torch.device, workers: int
 ) -> Feed:
-    """The training split, augmented as the recipe says."""
-    transform = train_transform(p, recipe.augmentation(), data.may_flip)
-    return Feed(Pictures(data.train, transform, seed), device, workers)
+    """The training split as a model takes it, augmented as the recipe says."""
+    transform = train_transform(model.preprocessing, recipe.augmentation(), data.may_flip)
+    return Feed(Pictures(data.train, transform, seed), device, workers, model.dtype)
 
 
-def evaluation_feed(split: Split, p: Preprocessing, device: torch.device, workers: int = 0) -> Feed:
-    return Feed(Pictures(split, eval_transform(p)), device, workers)
+def evaluation_feed(
+    split: Split, model: AdaptedModel, device: torch.device, workers: int = 0, p: Preprocessing | None = None
+) -> Feed:
+    """A split as a model takes it; p: prepared otherwise than the model says."""
+    return Feed(Pictures(split, eval_transform(p or model.preprocessing)), device, workers, model.dtype)
 
 
 def is_random(data: Splits, p: Preprocessing, recipe: Recipe) -> bool:

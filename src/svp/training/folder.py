@@ -22,7 +22,8 @@ from svp.training.config import differences, plain, read_yaml, to_yaml
 
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.yaml", "metrics.jsonl", "result.json", "predictions.csv"
 MODEL, CHECKPOINT, STATE, EVAL, LOCK = "model", "checkpoint", "state.pt", "eval", ".lock"
-OURS = (CONFIG, METRICS, RESULT, PREDICTIONS, MODEL, CHECKPOINT, EVAL, LOCK)
+OURS = (RESULT, PREDICTIONS, METRICS, MODEL, CHECKPOINT, EVAL, CONFIG)  # in the order in which they are removed
+SIGNATURE = {"svp_version", "source", "recipe"}  # what config.yaml of a run holds, and no other program's
 MAY_CHANGE = ("svp_version", "reading")  # between a run and its resumption: the data's hash says what was read
 OF_MACHINE = ("device", "workers")
 
@@ -80,12 +81,23 @@ class RunFolder:
                     path.rmdir()
 
     def _refuse_foreign(self) -> None:
-        names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-        if names and CONFIG not in names:  # a folder of the user's may hold a model/ too
+        with self.guarded("read"):
+            names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+        if CONFIG in names and not self._is_run():  # a folder of the user's may hold model/ and eval/ too
+            names = [CONFIG]
+        elif CONFIG in names:
+            return
+        if names:
             raise SvpError(
                 f"{self.path} holds other things ({names[0]}) and is no run folder",
                 "give a new folder with --out", "usage",
             )  # fmt: skip
+
+    def _is_run(self) -> bool:
+        try:
+            return (self.settings() or {}).keys() >= SIGNATURE
+        except SvpError:
+            return False
 
     def _compare(self, held: dict[str, Any], settings: dict[str, Any]) -> None:
         old, new = (_lasting(plain(s)) for s in (held, settings))
@@ -130,7 +142,7 @@ class RunFolder:
                 target = self.path / name
                 if target.is_dir():
                     shutil.rmtree(target)
-                elif name != LOCK:
+                else:
                     target.unlink(missing_ok=True)
 
     # -- reading -------------------------------------------------------------------------------------------------------

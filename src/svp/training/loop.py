@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from svp.training.facts import card_of, check, check_memory, default_lr, notes_o
 from svp.training.feed import (
     FeatureFeed,
     Feed,
+    as_made,
     chance,
     evaluation_feed,
     is_random,
@@ -79,12 +82,14 @@ def fit(
     left alone. Under torchrun the processes share each batch, and the first one writes.
     Raises SvpError, after saving what can be resumed. Ctrl-C and SIGTERM are delivered again after saving.
     """
+    seed = operator.index(seed)
     splits = open_data(data) if isinstance(data, (str, os.PathLike)) else data
     chosen = recipe if isinstance(recipe, Recipe) else recipe_from(recipe or "default").recipe
     chosen = resolve(changed(chosen, {}, "the recipe"), default_lr(model.method))
     place = machine.device_named(device)
     machine.git_revision()
-    held = (RunFolder(out).settings() or {}).get("amp") if out is not None and resume and amp == "auto" else None
+    keeps = out is not None and amp == "auto" and not overwrite
+    held = (RunFolder(out).settings() or {}).get("amp") if keeps else None  # type: ignore[arg-type]
     used_amp = machine.precision(held or amp, chosen.amp, place)  # what a run began with, it ends with
     given = splits
     splits = in_order_of(model, given)
@@ -96,7 +101,7 @@ def fit(
             f"batch_size {chosen.batch_size} does not divide by {team.size} processes",
             f"--batch-size {math.ceil(chosen.batch_size / team.size) * team.size}", "usage",
         )  # fmt: skip
-    model.preprocessing = prepared(model.preprocessing, splits)
+    model.preprocessing = prepared(as_made(model), splits)
     model.classes = model.classes or splits.classes
     model.task = {**model.task, "source": splits.source, "protocol": splits.protocol.name}
     model.to(place)
@@ -198,9 +203,7 @@ class Training:
         if self.caches_features():
             self.feeds["train"], self.forward = self.feature_feed("train"), self.model.head  # type: ignore[assignment]
         else:
-            self.feeds["train"] = training_feed(
-                self.data, self.model.preprocessing, recipe, self.seed, self.device, self.workers
-            )
+            self.feeds["train"] = training_feed(self.data, self.model, recipe, self.seed, self.device, self.workers)
             if self.compile:
                 self.forward = torch.compile(self.model)  # type: ignore[assignment]
         if snapshot is not None:
@@ -359,9 +362,7 @@ class Training:
         if name not in self.feeds:
             cached = self.caches_features()
             self.feeds[name] = (
-                self.feature_feed(name)
-                if cached
-                else evaluation_feed(split, self.model.preprocessing, self.device, self.workers)
+                self.feature_feed(name) if cached else evaluation_feed(split, self.model, self.device, self.workers)
             )
         forward = self.model.head if isinstance(self.feeds[name], FeatureFeed) else None
         batches = self.feeds[name](my_batches(len(split), self.recipe.eval_batch_size, self.team))
@@ -370,6 +371,8 @@ class Training:
                 self.model, batches, self.team, self.device, self.amp, forward, between=self.stop_if_asked
             )
         self.size_in_use = "batch_size"
+        if not np.isfinite(logits).all():  # by the last step, whose loss was that before it
+            raise self.not_finite(math.nan, self.lr, f"{name} loss")
         return score(logits, labels, self.data.classes, name)
 
     def caches_features(self) -> bool:
@@ -383,12 +386,13 @@ class Training:
 
     def feature_feed(self, name: str) -> FeatureFeed:
         split = self.data.split(name)
-        feed = evaluation_feed(split, self.model.preprocessing, self.device, self.workers)
+        feed = evaluation_feed(split, self.model, self.device, self.workers)
         batches = feed(my_batches(len(split), self.recipe.eval_batch_size, self.team))
         features, labels = predictions(
             self.model, batches, self.team, self.device, self.amp, self.model.features, between=self.stop_if_asked
         )
-        return FeatureFeed(torch.from_numpy(features).to(self.device), torch.from_numpy(labels).to(self.device))
+        found = torch.from_numpy(features).to(self.device, self.model.dtype)
+        return FeatureFeed(found, torch.from_numpy(labels).to(self.device))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -526,12 +530,12 @@ class Training:
         self.clock = now
         return self.progress.seconds
 
-    def not_finite(self, loss: float, lr: float) -> SvpError:
+    def not_finite(self, loss: float, lr: float, what: str = "loss") -> SvpError:
         p = self.progress
         kept = "; the last good checkpoint is kept" if self.folder and self.folder.snapshot_file() else ""
         remedy = "--amp off" if self.amp != "off" else "-r clip_grad=1"
         return SvpError(
-            f"the loss is {loss} at step {p.total_steps + 1} (epoch {p.past_epochs + p.epoch + 1}, learning rate {lr:.3g}, "
+            f"the {what} is {loss} at step {p.total_steps + (what == 'loss')} (epoch {p.past_epochs + p.epoch + 1}, learning rate {lr:.3g}, "
             f"precision {self.amp}){kept}",
             f"train again with --lr {self.facts['recipe']['lr'] / 10:.3g}, or {remedy}",
         )
@@ -550,7 +554,10 @@ class Training:
                 ways += [f"-r eval_batch_size={n // 2} gives the same numbers"] if n > 1 else []
             else:
                 if n % (4 if self.recipe.mixes else 2) == 0:
-                    ways.append(f"--batch-size {n // 2} --accumulate {self.recipe.accumulate * 2} trains the same")
+                    same = (
+                        "steps by as many pictures" if self.recipe.mixes or self.recipe.drop_path else "trains the same"
+                    )
+                    ways.append(f"--batch-size {n // 2} --accumulate {self.recipe.accumulate * 2} {same}")
                 ways.append("-r grad_checkpointing=true takes less memory and more time")
             ways.append("--amp bf16 halves the activations on a GPU")
             raise SvpError(

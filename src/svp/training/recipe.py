@@ -133,6 +133,11 @@ def resolve(recipe: Recipe, default_lr: float) -> Recipe:
     recipe = recipe.but(lr=default_lr if recipe.lr is None else recipe.lr)
     if recipe.epochs < 1:
         raise SvpError(f"epochs is {recipe.epochs}, expected at least 1", "--epochs 10", "usage")
+    for name in ("auto_augment", "color_jitter", "erase"):
+        if getattr(recipe, name) and recipe.augment != "timm":
+            raise SvpError(
+                f"{name} is timm's, and augment is {recipe.augment}: it would do nothing", "-r augment=timm", "usage"
+            )
     if recipe.mixes and recipe.batch_size % 2:
         hint = f"-r batch_size={recipe.batch_size + 1}, or -r mixup=0 -r cutmix=0; an odd last batch is no problem"
         raise SvpError(f"mixup and cutmix pair pictures: batch_size {recipe.batch_size} is odd", hint, "usage")

@@ -16,7 +16,7 @@ from svp.options import changed
 from svp.training import machine
 from svp.training.evaluate import in_order_of
 from svp.training.facts import check, check_memory, default_lr, settings_of
-from svp.training.feed import chance, prepared, training_feed, training_order
+from svp.training.feed import as_made, chance, prepared, training_feed, training_order
 from svp.training.losses import Criterion, Mixer
 from svp.training.machine import Amp, autocast
 from svp.training.recipe import Recipe, recipe_from, resolve
@@ -46,14 +46,14 @@ def rehearse(
     place = machine.device_named(device)
     used = machine.precision(amp, chosen.amp, place)
     preprocessing, training, before = model.preprocessing, model.training, next(model.backbone.parameters()).device
-    model.preprocessing = prepared(preprocessing, splits)
+    model.preprocessing = prepared(as_made(model), splits)
     model.to(place)
     phases = model.method.phases(chosen)
     steps = training_order(len(splits.train), chosen, seed, 0, 0)
     try:
         model.train()
         model.drop_path = chosen.drop_path
-        feed = training_feed(splits, model.preprocessing, chosen, seed, place, 0)
+        feed = training_feed(splits, model, chosen, seed, place, 0)
         images, labels, _ = next(feed(steps[0][:1]))
         with chance(place, seed):
             mixed = Mixer(chosen, model.num_classes)(images, labels) if chosen.mixes else (images, labels)

@@ -43,11 +43,10 @@ class RunHandle:
         """
         key = split, augment
         if key not in self._feeds:
-            p = self.model.preprocessing
             if augment and split == "train":
-                self._feeds[key] = training_feed(self.data, p, self.recipe, self.seed, self.device, 0)
+                self._feeds[key] = training_feed(self.data, self.model, self.recipe, self.seed, self.device, 0)
             else:
-                self._feeds[key] = evaluation_feed(self.data.split(split), p, self.device)
+                self._feeds[key] = evaluation_feed(self.data.split(split), self.model, self.device)
         if index is not None:
             return self._feeds[key](batches_of(index, self.recipe.eval_batch_size))
         return self._feeds[key](my_batches(self.size(split), self.recipe.eval_batch_size, Team()))

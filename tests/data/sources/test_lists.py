@@ -123,3 +123,14 @@ def test_a_class_that_train_json_lacks(tree):
     root = fgvc(tree, train={"0.png": 1, "1.png": 2}, test={"2.png": 3})
     with pytest.raises(SvpError, match=r"test\.json: 2\.png has class 3, which train\.json lacks"):
         open_data(root)
+
+
+@pytest.mark.parametrize("name", ["car_ims//{out}/a.png", "car_ims/x/../../../out/a.png"])
+def test_stanford_cars_spellings_stay_inside(name, tree, tmp_path, paint):
+    paint(tmp_path / "out" / "a.png")
+    root = tree({"car_ims": 2})
+    (root / "car_ims" / "x").mkdir()
+    rows = {"car_ims/0.png": 1, "car_ims/1.png": 2, name.format(out=tmp_path / "out"): 1}
+    (root / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(SvpError, match="lies outside"):
+        open_data(root)

@@ -116,7 +116,8 @@ def _found(root: Path, name: str, where: str) -> str:
     digits = re.sub(r"\b0(\d{5}\.jpg)$", r"\1", bare)  # 015678.jpg lies as 15678.jpg in some copies
     names = [f"{top}{key}" for key in dict.fromkeys((name, bare, digits)) for top in ("images/", "Images/", "")]
     names += [f"car_ims/{digits}"] if bare != name else []
-    return next((str(root / n) for n in names if (root / n).is_file()), str(root / name))
+    paths = [_inside(root, root / n, where) for n in names]
+    return next((path for path in paths if os.path.isfile(path)), str(root / name))
 
 
 def _inside(root: Path, path: Path, where: str) -> str:
