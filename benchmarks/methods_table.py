@@ -15,6 +15,7 @@ the work to the backbones and methods that it names.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -37,6 +38,7 @@ KEPT = (
     "epochs", "selected_epoch", "val_accuracy", "test_accuracy", "test_top5", "trainable", "features_cached", "data",
     "versions", "git", "kernel", "timing", "classes",
 )  # fmt: skip
+LATER = {"mixup_prob": 1.0}  # fields of a recipe that came after the first runs, and what these did
 
 
 class Cell(NamedTuple):
@@ -234,6 +236,7 @@ def slim(facts: dict[str, Any]) -> dict[str, Any]:
     if "failed" in facts:
         return facts
     recipe = {key: value for key, value in facts["recipe"].items() if key != "lr"}
+    recipe |= {key: value for key, value in LATER.items() if "mixup" in recipe and key not in recipe}
     return {**facts, "recipe": recipe, "data": {key: facts["data"][key] for key in ("hash", "sizes")}}
 
 
@@ -252,11 +255,28 @@ def row(backbone: str, method: str, rates: list[dict[str, Any]]) -> dict[str, An
         return head
     best = max(done, key=lambda facts: facts["val_accuracy"])
     return {
-        **head, "label": best["label"], "preset": best["preset"], "factor": best["factor"], "lr": best["lr_used"],
+        **head, "label": label_of(best), "preset": best["preset"], "factor": best["factor"], "lr": best["lr_used"],
         "test_accuracy": best["test_accuracy"], "val_accuracy": best["val_accuracy"], "trained": best["trainable"]["total"],
         "epochs": best["epochs"], "images_per_cpu_second": best["images_per_cpu_second"],
         "memory_bytes": best["timing"]["peak_memory_bytes"], "epoch_seconds": best.get("epoch_seconds"),
     }  # fmt: skip
+
+
+def label_of(facts: dict[str, Any]) -> str:
+    """How the method is called on this backbone today."""
+    from svp.methods.base import options_of
+    from svp.registry import method_class
+
+    method, options = facts["method"], facts.get("options", {})
+    if method not in options:
+        return facts["label"]
+    cls = method_class(method)
+    return cls.label(site_of(facts["backbone"]), options_of(cls, options[method], method)) or method
+
+
+@functools.cache
+def site_of(backbone: str) -> Any:
+    return svp.create_backbone(backbone).site()
 
 
 def main() -> None:
