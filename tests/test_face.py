@@ -135,10 +135,11 @@ MAKE = "net = {create}('vim_nano', pretrained=False, num_classes=3); assert net.
     "code",
     [
         f"import svp, timm; {MAKE.format(create='timm.create_model')}",
+        f"import svp, importlib.util as u; u.find_spec('timm'); import timm; {MAKE.format(create='timm.create_model')}",
         f"import timm, svp; {MAKE.format(create='timm.create_model')}",
         f"import svp; from timm.models import create_model; {MAKE.format(create='create_model')}",
     ],
-    ids=["svp first", "timm first", "from timm.models"],
+    ids=["svp first", "looked for first", "timm first", "from timm.models"],
 )
 def test_timm_knows_our_backbones_in_every_order(code):
     ran = python(code)

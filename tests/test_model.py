@@ -5,6 +5,7 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from svp.errors import SvpError
 from svp.methods.base import Method
 from svp.model import adapt, load, read_json
 from svp.registry import NO_OVERRIDES
+from svp.training.evaluate import evaluate
+from svp.training.loop import fit
 from svp.training.trained import read_trained
 from test_matrix import backbone, step, stir
 from test_matrix import made as small
@@ -422,3 +425,66 @@ def test_random_weights_are_drawn_again(tmp_path, images):
     with pytest.raises(SvpError, match="was trained on vim_tiny") as err:
         load(tmp_path / "b")
     assert err.value.hint == "give the backbone it was trained on with backbone="
+
+
+def test_a_backbone_of_another_seed_is_drawn_again(tmp_path, images):
+    net = create_backbone("vim_tiny", depth=1, embed_dim=16, d_state=4, patch_size=8, img_size=32, seed=3)
+    model = adapt(net, "linear", num_classes=3)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(images), model.eval()(images))
+
+
+def test_numbers_of_numpy_are_numbers(images):
+    net = create_backbone(
+        "vim_tiny", depth=np.int64(1), embed_dim=16, d_state=4, patch_size=8, img_size=np.int64(32), seed=np.int64(0)
+    )
+    model = adapt(net, "lora", num_classes=np.int64(3), rank=np.int64(2), scale=np.float32(0.5))
+    assert model.method.opt.rank == 2 and model(images).shape == (4, 3)
+
+
+def test_a_backbone_keeps_its_mode():
+    net = backbone().train()
+    adapt(net, "linear", num_classes=3)
+    assert net.training and not adapt(net, "bitfit", num_classes=3).merge().training
+
+
+@pytest.mark.parametrize("count", [True, 1, 0, "3", 2.0, None])
+def test_a_count_of_classes_that_is_none(count):
+    with pytest.raises(SvpError, match="expected an integer from 2"):
+        adapt(backbone(), "linear", num_classes=count)
+
+
+def test_wrong_things_at_the_doors_get_a_sentence(tmp_path):
+    with pytest.raises(SvpError, match="backbone is vim_nano, expected a backbone"):
+        adapt("vim_nano", "svp", num_classes=3)
+    with pytest.raises(SvpError, match="backbone is Linear, expected a backbone"):
+        adapt(nn.Linear(2, 2), "svp", num_classes=3)
+    for call in (fit, evaluate):
+        with pytest.raises(SvpError, match="model is Vim, expected an adapted model"):
+            call(backbone(), "digits")
+        with pytest.raises(SvpError, match="model is the path runs/a") as err:
+            call("runs/a", "digits")
+        assert err.value.hint == "svp.load('runs/a')"
+
+
+def test_a_head_of_other_outputs_is_refused():
+    with pytest.raises(SvpError, match=r"the head makes \(2, 7\) of \(2, 32\) features, expected \(2, 2\)"):
+        adapt(backbone(), "linear", num_classes=2, head=nn.Linear(32, 7))
+    with pytest.raises(SvpError, match=r"the head does not take \(2, 32\) features: mat1"):
+        adapt(backbone(), "linear", num_classes=2, head=nn.Linear(16, 2))
+
+
+BAD_KEYWORDS = [
+    ("vim_tiny", dict(cls_token="foo"), "cls_token of vim_tiny"), ("vim_tiny", dict(scan_type="v3"), "scan_type of vim_tiny"),
+    ("vim_tiny", dict(num_classes=-1), "num_classes of vim_tiny is -1"), ("vim_tiny", dict(img_size=(1, 2, 3)), "img_size is"),
+    ("vim_tiny", dict(img_size=32.0), "img_size is 32.0"), ("vim_tiny", dict(img_size="32"), "img_size is '32'"),
+    ("vit_nano", dict(num_heads=7), "vit_nano: "), ("vit_nano", dict(img_size=70), "patches of 8 with stride 8 do not fill it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,keywords,words", BAD_KEYWORDS, ids=str)
+def test_keywords_of_a_backbone_that_are_wrong(name, keywords, words):
+    with pytest.raises(SvpError, match=words) as err:
+        create_backbone(name, **keywords)
+    assert err.value.kind == "usage"

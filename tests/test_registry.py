@@ -1,6 +1,7 @@
 """Plug-ins are found by file name and entry point, and nothing is imported to list them."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_an_entry_point_brings_a_method(point):
     point("mine", "mine_package.method:Mine", Mine)
     assert "mine" in list_methods() and method_class("mine") is Mine
     assert METHODS.get("mine").summary == "from mine_package.method:Mine"
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_not_our_mistake(point, monkeypatch):
+    point("broken", "json:Nope")
+    monkeypatch.setattr(Point, "load", lambda self: getattr(json, "Nope"))  # noqa: B009  as importlib does it
+    with pytest.raises(SvpError, match=r"the plug-in broken \(json:Nope\) cannot be loaded: AttributeError") as err:
+        method_class("broken")
+    assert err.value.kind == "env"
 
 
 def test_an_entry_point_may_not_take_a_name_of_ours(point):

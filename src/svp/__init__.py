@@ -80,19 +80,23 @@ REGISTRY = "svp.backbones.timm_registry"
 
 
 class _WhenTimmComes(importlib.abc.MetaPathFinder):
-    """Lets timm be imported as ever, then registers our backbones with it and goes away."""
+    """Lets timm be imported as ever, then registers our backbones with it and goes away; who only looks for it finds it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "timm":
             return None
         sys.meta_path.remove(self)  # the search below is timm's own
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def and_then_register(module: Any) -> None:
             execute(module)
+            sys.meta_path.remove(self)
             importlib.import_module(REGISTRY)
 
         spec.loader.exec_module = and_then_register  # type: ignore[method-assign]

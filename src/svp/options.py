@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -187,6 +188,10 @@ def _plain(hint: type, value: Any) -> Any:
         if hint is bool and isinstance(value, bool):
             return value
         raise TypeError
+    if isinstance(value, numbers.Integral):
+        value = int(value)  # numpy's too
+    elif isinstance(value, numbers.Real):
+        value = float(value)
     if hint is float and isinstance(value, (int, float, str)):
         return float(value)  # YAML reads 1e-3 as text
     if hint is int and isinstance(value, (int, float)) and value == int(value):

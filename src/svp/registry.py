@@ -28,7 +28,15 @@ class Entry:
 
     def load(self) -> Any:
         """The module of a built-in entry, or what a third party's entry point names."""
-        return self.entry_point.load() if self.entry_point else importlib.import_module(self.module)
+        if self.entry_point is None:
+            return importlib.import_module(self.module)
+        try:
+            return self.entry_point.load()
+        except Exception as err:  # whatever a stranger's module does
+            raise SvpError(
+                f"the plug-in {self.name} ({self.module}) cannot be loaded: {type(err).__name__}: {err}",
+                "pip uninstall or upgrade the package that brings it", "env",
+            ) from err  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -211,6 +212,7 @@ def test_what_cannot_be_measured(svp, trained, tmp_path, words, code, problem):
 
 def test_pictures_that_have_come_since_training_are_said(svp, config, loose, tmp_path):
     """Whatever split they fall into, others have moved with them."""
+    loose = Path(shutil.copytree(loose, tmp_path / "loose"))
     words = ("train", f"folder:{loose}", "--config", config, "--method", "linear", "--epochs", "1")
     assert svp(*words, "--out", tmp_path / "run", "-q").code == 0
     assert "have changed since training" not in svp("eval", tmp_path / "run").err
@@ -225,3 +227,15 @@ def test_pictures_that_have_come_since_training_are_said(svp, config, loose, tmp
     shutil.copytree(loose, tmp_path / "elsewhere")
     told = svp("eval", tmp_path / "run", f"folder:{tmp_path / 'elsewhere'}", "--out", tmp_path / "out")
     assert "have changed since training" not in told.err
+
+
+def test_what_is_left_out_is_said_however_quiet(svp, config, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    for bad in sorted((tmp_path / "photos" / "test").rglob("*.png"))[:2]:
+        bad.write_bytes(bad.read_bytes()[:60])
+    words = ("train", f"folder:{tmp_path / 'photos'}", "--config", config, "--method", "linear", "--epochs", "1", "-q")
+    told = svp(*words, "--on-bad-image", "skip", "--out", tmp_path / "run")
+    assert told.code == 0 and "2 pictures were left out" in told.err
+    told = svp("eval", tmp_path / "run", "-q")
+    assert told.code == 0 and "2 pictures were left out" in told.err and str(bad) in told.err
+    assert len(json.loads((tmp_path / "run" / "eval" / "test.json").read_text())["skipped"]) == 2

@@ -122,3 +122,8 @@ def test_a_reader_that_went_away_is_no_error():
     )
     os.close(writing)
     assert done.returncode == 0 and "Error" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_words_the_page_is_shown(svp):
+    told = svp()
+    assert told.code == 2 and told.out == "" and told.err.startswith("Usage: ") and len(told.err.splitlines()) > 10

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +207,11 @@ def test_what_is_refused_before_anything_is_built(svp, words, code, problem, hin
             2,
             "backbone is",
         ),
+        (
+            "source: digits\nbackbone: {name: vim_nano, weights: x, kernel: auto, img_size: 64, overrides: {}}\n",
+            2,
+            "backbone is",
+        ),
         ("source: digits\nprotocol: 3\n", 2, "protocol is '3', expected a name"),
     ],
 )
@@ -217,6 +223,19 @@ def test_a_wrong_config_names_file_and_line(svp, tmp_path, text, line, problem):
         and problem in told.err
         and f"my.yaml, {'recipe from ' * ('recipe' in text)}line {line}" in told.err
     )
+
+
+def test_another_backbone_takes_nothing_of_the_configs(svp, trained, photos):
+    words = ("--config", trained / "config.yaml", "--backbone", "vit_nano", "--weights", "none", "--method", "linear")
+    told = svp("train", f"folder:{photos}", *words, "--dry-run", "--json")
+    found = json.loads(told.out)["backbone"]
+    assert told.code == 0 and found["overrides"] == {} and found["img_size"] == [64, 64]
+
+
+def test_a_config_may_say_off_as_yaml_does(svp, config, tmp_path):
+    (tmp_path / "my.yaml").write_text(Path(config).read_text() + "amp: off\n")
+    told = svp("train", "--config", tmp_path / "my.yaml", "--method", "linear", "--dry-run", "--json")
+    assert json.loads(told.out)["amp"] == "off"
 
 
 @pytest.mark.slow

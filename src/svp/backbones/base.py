@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +47,7 @@ class Backbone(nn.Module):
     grad_checkpointing: bool = False
     stored_positions: str | None = None  # digest of the file's position table when it was resized on loading
     weights_from: str = "random"
+    seed: int = 0  # of what was drawn
     pos_resize: str = "middle"  # how its position table is resized where it was made for another picture size
     overrides: Mapping[str, Any] = MappingProxyType({})  # keywords beside those of its name
     report: Report | None = None  # what became of every key of its file
@@ -339,9 +341,28 @@ def by_block(w: Weights, prefix: str = "layers.") -> list[Weights]:
     return [found[i] for i in sorted(found)]
 
 
-def pair(size: int | Iterable[int]) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
     """64 -> (64, 64); (48, 32) stays."""
-    if isinstance(size, int):
-        return size, size
-    h, w = size
-    return int(h), int(w)
+    try:
+        h, w = size if isinstance(size, (tuple, list)) else (size, size)
+        return operator.index(h), operator.index(w)
+    except (TypeError, ValueError) as err:
+        raise SvpError(
+            f"img_size is {size!r}, expected pixels: an integer or (height, width)", "img_size=224", "usage"
+        ) from err
+
+
+def grid_of(img_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
+    """(h, w) patches of a picture; raises SvpError where none fits or pixels would be left over."""
+    for side in img_size:
+        if side < patch or (side - patch) % stride:
+            below = (side - patch) // stride * stride + patch if side >= patch else patch
+            near = f"{below} or {below + stride}" if side >= patch else f"{patch}"
+            raise SvpError(f"img_size is {side} pixels, patches of {patch} with stride {stride} do not fill it",
+                           f"the nearest sizes that do: {near}", kind="usage")  # fmt: skip
+    if max(img_size) > 4096:
+        tokens = ((img_size[0] - patch) // stride + 1) * ((img_size[1] - patch) // stride + 1)
+        raise SvpError(f"img_size is {max(img_size)} pixels, at most 4096 ({tokens:,} tokens a picture)",
+                       f"a smaller size, for example --img-size {patch + 216 // stride * stride}", kind="usage")  # fmt: skip
+    h, w = ((side - patch) // stride + 1 for side in img_size)
+    return h, w

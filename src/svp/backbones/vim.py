@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, is_plain, linear, pair
-from svp.errors import SvpError
+from svp.backbones.base import PLAIN, Backbone, beside, by_block, drop_path, grid_of, is_plain, linear, pair
+from svp.errors import SvpError, unknown
 from svp.ops import causal_conv1d, selective_scan
 from svp.ops.add_norm import Term, add_norm
 from svp.ops.add_norm.reference import rms_norm
@@ -38,6 +38,7 @@ PUBLISHED = {  # variant: (hub repository, file) of the weights published with a
 }
 SIZES = dict(depth=24, d_state=16, expand=2, patch_size=16)  # what the published sizes share
 CLASS_TOKENS = Literal["middle", "head", "double", "none"]
+SCAN_TYPES = Literal["v2", "v1", "none"]
 
 
 class Vim(Backbone):
@@ -69,7 +70,7 @@ class Vim(Backbone):
         img_size: int | tuple[int, int] = 224,
         num_classes: int = 1000,
         cls_token: CLASS_TOKENS = "middle",
-        scan_type: Literal["v2", "v1", "none"] = "v2",
+        scan_type: SCAN_TYPES = "v2",
         divide_out: bool = True,
         layer_scale: float | None = None,
         bias: bool = False,
@@ -84,6 +85,13 @@ class Vim(Backbone):
         ).items():  # fmt: skip
             if not isinstance(value, int) or value < 1:
                 raise SvpError(f"{what} of {name} is {value!r}, expected a whole number from 1", f"svp list backbones {name}", "usage")  # fmt: skip
+        for what, text, known in (
+            ("cls_token", cls_token, get_args(CLASS_TOKENS)), ("scan_type", scan_type, get_args(SCAN_TYPES)),
+        ):  # fmt: skip
+            if text not in known:
+                raise unknown(f"{what} of {name}", str(text), known, f"svp list backbones {name}")
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise SvpError(f"num_classes of {name} is {num_classes!r}, expected a whole number from 0 (no head)", f"svp list backbones {name}", "usage")  # fmt: skip
         self.name, self.depth, self.embed_dim, self.num_features = name, depth, embed_dim, embed_dim
         self.num_classes, self.drop_path_rate, self.norm_eps = num_classes, drop_path_rate, norm_eps
         self.patch_size, self.stride, self.cls_kind = patch_size, stride or patch_size, cls_token
@@ -491,22 +499,6 @@ def mixer_alone(
 class _Holder:
     def __init__(self, scan_type: str, divide_out: bool, kernel: str):
         self.scan_type, self.divide_out, self.kernel, self.name = scan_type, divide_out, kernel, "mixer"
-
-
-def grid_of(img_size: tuple[int, int], patch: int, stride: int) -> tuple[int, int]:
-    """(h, w) patches of a picture; raises SvpError where none fits or pixels would be left over."""
-    for side in img_size:
-        if side < patch or (side - patch) % stride:
-            below = (side - patch) // stride * stride + patch if side >= patch else patch
-            near = f"{below} or {below + stride}" if side >= patch else f"{patch}"
-            raise SvpError(f"img_size is {side} pixels, patches of {patch} with stride {stride} do not fill it",
-                           f"the nearest sizes that do: {near}", kind="usage")  # fmt: skip
-    if max(img_size) > 4096:
-        tokens = ((img_size[0] - patch) // stride + 1) * ((img_size[1] - patch) // stride + 1)
-        raise SvpError(f"img_size is {max(img_size)} pixels, at most 4096 ({tokens:,} tokens a picture)",
-                       f"a smaller size, for example --img-size {patch + 216 // stride * stride}", kind="usage")  # fmt: skip
-    h, w = ((side - patch) // stride + 1 for side in img_size)
-    return h, w
 
 
 def drop_rate(rate: float, i: int, depth: int) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svp.backbones.base import Backbone, beside, by_block, drop_path, linear, pair
+from svp.backbones.base import Backbone, beside, by_block, drop_path, grid_of, linear, pair
 from svp.errors import SvpError, unknown
 from svp.ops.add_norm import Term
 from svp.preprocessing import Preprocessing
@@ -61,7 +61,7 @@ class Vit(Backbone):
         self.name, self.depth, self.embed_dim = name, len(net.blocks), net.embed_dim
         self.num_features, self.num_classes = net.num_features, net.num_classes
         self.img_size, self.patch_size = tuple(net.patch_embed.img_size), net.patch_embed.patch_size[0]
-        self.stride, self.grid = self.patch_size, tuple(net.patch_embed.grid_size)
+        self.stride, self.grid = self.patch_size, grid_of(self.img_size, self.patch_size, self.patch_size)
         self.prefix, self.pools_patches = net.num_prefix_tokens, net.global_pool == "avg"
         self.positions_of_prefix = not net.no_embed_class
         self.drop_path_rate = sizes.get("drop_path_rate", 0.0)

@@ -27,6 +27,8 @@ def read_config(path: str) -> dict[str, Any]:
             continue
         try:
             found |= row.read(values[key])
+        except SvpError as err:
+            raise SvpError(f"{path}, {key} from line {lines.get(key, 1)}: {err.problem}", err.hint, "usage") from err
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             raise SvpError(
                 f"{path}, line {lines.get(key, 1)}: {key} is {str(values[key])[:80]!r}, expected {row.expected}",
@@ -70,6 +72,7 @@ def text(key: str) -> Row:
 
 def choice(key: str, *choices: str) -> Row:
     def read(value: Any) -> dict[str, Any]:
+        value = "off" if value is False and "off" in choices else value  # as YAML reads it
         fits(value in choices)
         return {key: value}
 
@@ -91,8 +94,8 @@ def backbone(value: Any) -> dict[str, Any]:
         return {"backbone": value}
     fits(is_size(value["img_size"]))
     overrides = overrides_of(value["overrides"])
-    if "pos_resize" in value:
-        overrides["pos_resize"] = value["pos_resize"]
+    overrides |= {key: value[key] for key in ("pos_resize", "seed") if key in value}
+    fits(is_count(overrides.get("seed", 0)))
     return {"backbone": str(value["name"]), "weights": value["weights"], "kernel": value["kernel"],
             "img_size": tuple(value["img_size"]), "overrides": overrides, "fingerprint": value.get("fingerprint")}  # fmt: skip
 

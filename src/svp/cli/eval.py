@@ -23,6 +23,7 @@ from svp.cli.words import (
     note,
     percent,
     say,
+    say_skipped,
     short_name,
 )
 from svp.errors import SvpError
@@ -107,8 +108,7 @@ def command(**typed: Any) -> None:
         say(f"confusion matrix: {files['picture']}", typed["quiet"])
     if not typed["source"]:
         compare(found, data, scores, typed["quiet"])
-    if data.skipped:
-        note(f"{len(data.skipped)} pictures were left out: {'; '.join(data.skipped[:3])}", typed["quiet"])
+    say_skipped(data.skipped)
 
 
 def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
@@ -176,7 +176,9 @@ def keep(out: Path, scores: Evaluation, what: str, data: Splits) -> dict[str, st
     title = f"{what}: {scores.split} of {data.source}\n{percent(scores.accuracy)} % of {scores.count:,} pictures"
     names = {"picture": f"{scores.split}-confusion.png", "scores": f"{scores.split}.json"}
     folder.write(names["picture"], confusion_png(scores, title))
-    folder.write(names["scores"], to_json({"source": data.source, **scores.as_dict()}, indent=2) + "\n")
+    folder.write(
+        names["scores"], to_json({"source": data.source, **scores.as_dict(), "skipped": data.skipped}, indent=2) + "\n"
+    )
     return {key: str(out / name) for key, name in names.items()}
 
 

@@ -104,6 +104,9 @@ def run(argv: list[str], is_debug: bool = False) -> int:
         return said(err.problem, err.hint, err.exit_code, is_debug)
     except click.exceptions.Exit as err:
         return err.exit_code
+    except click.exceptions.NoArgsIsHelpError as err:  # its message is the whole page
+        click.echo(err.format_message(), err=True)
+        return 2
     except click.UsageError as err:
         return usage(err, argv, is_debug)
     except click.ClickException as err:

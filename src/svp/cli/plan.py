@@ -92,6 +92,8 @@ def plan_from(typed: dict[str, Any]) -> Plan:
     """The plan of `svp train` from its parsed words; raises SvpError (kind "usage") for what does not fit together."""
     path = typed.get("config")
     config = read_config(path) if path else {}
+    if "overrides" in config and typed.get("backbone") not in (None, config["backbone"]):  # they are another network's
+        config = {k: v for k, v in config.items() if k not in ("overrides", "weights", "img_size", "fingerprint")}
     typed = {**typed, "seeds": _seeds(typed)}
     named = typed.get("recipe") or (config.get("recipe") if isinstance(config.get("recipe"), str) else None)
     row = recipe_from(named or "default")

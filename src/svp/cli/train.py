@@ -21,6 +21,7 @@ from svp.cli.words import (
     examples,
     note,
     say,
+    say_skipped,
 )
 from svp.errors import SvpError
 
@@ -264,12 +265,7 @@ def show(plan: Plan, data: Splits, results: list[tuple[str, dict]], folders: lis
         f"{split} accuracy at the epoch that {data.protocol.select if data.protocol.select != 'val' else 'validation'} selects; {words}",
         typed["quiet"],
     )
-    skipped = data.skipped
-    if skipped:
-        note(
-            f"{len(skipped)} pictures were left out: {'; '.join(skipped[:3])}{' …' if len(skipped) > 3 else ''}",
-            typed["quiet"],
-        )
+    say_skipped(data.skipped)
     where = folders[0] if len(folders) == 1 else os.path.commonpath([str(f) for f in folders])
     say(f"saved in {where}; next: svp predict {folders[0]} PICTURE", typed["quiet"])
 

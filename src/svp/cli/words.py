@@ -171,6 +171,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def say_skipped(skipped: Sequence[str]) -> None:
+    """Which pictures were left out; asked to be quiet or not."""
+    if skipped:
+        more = f" … and {len(skipped) - 20} more" if len(skipped) > 20 else ""
+        note(f"{len(skipped)} pictures were left out: {'; '.join(skipped[:20])}{more}", False)
+
+
 def columns(headings: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> str:
     """A plain table: headings, a line, rows; columns named in `right` are set flush right."""
     text = [[str(cell) for cell in row] for row in rows]

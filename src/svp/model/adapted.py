@@ -233,7 +233,7 @@ class AdaptedModel(nn.Module):
             setattr(net.get_submodule(owner), leaf, nn.Parameter(value.detach().clone()))
         net.head, net.num_classes, net.preprocessing = copy.deepcopy(self.head), self.num_classes, self.preprocessing
         net.stored_positions, net.weights_from = None, "merged"
-        return net.requires_grad_(True)
+        return net.requires_grad_(True).eval()
 
     def save_pretrained(self, folder: str | os.PathLike, card: str = "") -> Path:
         """Write adapter_config.json, adapter_model.safetensors and README.md; the folder appears whole or not at all.
@@ -266,6 +266,7 @@ class AdaptedModel(nn.Module):
                 "weights": net.weights_from,
                 "overrides": dict(net.overrides),
                 "pos_resize": net.pos_resize,
+                **({"seed": net.seed} if net.seed else {}),
                 "fingerprint": net.fingerprint(),
                 **({} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}),
             },

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from svp.backbones.base import Backbone, drawn_from, reseed
@@ -38,8 +41,14 @@ def adapt(
     probe    run the effect probe (`AdaptedModel.probe`)
     Raises SvpError for an unknown method or option, one that cannot act on this backbone, or tensors without effect.
     """
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise SvpError(f"num_classes is {num_classes}, expected at least 2", "num_classes=data.num_classes", "usage")
+    if not isinstance(backbone, Backbone):
+        raise SvpError(f"backbone is {backbone if isinstance(backbone, str) else type(backbone).__name__}, expected a backbone of this package",
+                       'svp.create_backbone("vim_nano", weights="default"); any plain ViT by its timm name', "usage")  # fmt: skip
+    if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__") or int(num_classes) < 2:
+        raise SvpError(
+            f"num_classes is {num_classes!r}, expected an integer from 2", "num_classes=data.num_classes", "usage"
+        )
+    num_classes, seed = int(num_classes), operator.index(seed)
     if classes is not None and len(classes) != num_classes:
         raise miscounted(classes, num_classes)
     specs = _specs(method, options)
@@ -64,7 +73,6 @@ def adapt(
     p = next(backbone.parameters())
     model.method.to(p.device, p.dtype)
     model.head.to(p.device, p.dtype)
-    backbone.eval()
     model.classes = classes
     if probe:
         model.probe(seed)
@@ -107,6 +115,17 @@ def _built(specs: list[tuple[str, dict[str, Any]]], site: Site, num_classes: int
 
 def _head(head: str | nn.Module, d: int, num_classes: int, hidden: str | None = None) -> nn.Module:
     if isinstance(head, nn.Module):
+        own = next(head.parameters(), torch.zeros(0))
+        try:
+            with torch.no_grad():
+                shape = tuple(copy.deepcopy(head).eval()(own.new_zeros(2, d)).shape)
+        except RuntimeError as err:
+            first = str(err).split("\n")[0]
+            raise SvpError(
+                f"the head does not take (2, {d}) features: {first}", f"a head of {d} inputs", "usage"
+            ) from err
+        if shape != (2, num_classes):
+            raise SvpError(f"the head makes {shape} of (2, {d}) features, expected (2, {num_classes})", "a head of num_classes outputs", "usage")  # fmt: skip
         return head
     if head not in HEADS:
         hint = f'("{hidden}", {{"head": "{head}"}}) is the option of {hidden}' if hidden else "--head linear"

@@ -78,6 +78,7 @@ class Saved:
     img_size: tuple[int, int]
     overrides: dict[str, Any]
     pos_resize: str
+    seed: int
     dtype: torch.dtype
     methods: list[tuple[str, dict[str, Any]]]
     head: str
@@ -103,7 +104,7 @@ class Saved:
             (height, width), classes = named["img_size"], config["classes"]
             return cls(
                 str(named["name"]), str(named["weights"]), str(named["fingerprint"]), (int(height), int(width)),
-                overrides_of(named["overrides"]), str(named.get("pos_resize", "middle")), DTYPES[named.get("dtype", "float32")],
+                overrides_of(named["overrides"]), str(named.get("pos_resize", "middle")), int(named.get("seed", 0)), DTYPES[named.get("dtype", "float32")],
                 [(str(m["name"]), dict(m["options"])) for m in config["methods"]], str(config["head"]),
                 config["num_classes"], None if classes is None else list(classes),
                 Preprocessing.from_dict(config["preprocessing"]), dict(config["task"]),
@@ -122,7 +123,7 @@ def _named_backbone(folder: Path, saved: Saved, weights: str | None, kernel: str
         )
     net = create_backbone(
         saved.backbone, weights=None if source in ("random", "none") else weights or weights_beside(folder, source),
-        img_size=saved.img_size, kernel=kernel, pos_resize=saved.pos_resize, **saved.overrides,
+        img_size=saved.img_size, kernel=kernel, pos_resize=saved.pos_resize, seed=saved.seed, **saved.overrides,
     )  # fmt: skip
     return net if saved.dtype == torch.float32 else net.to(saved.dtype)
 

@@ -81,6 +81,7 @@ def evaluate(
     """
     from svp.data.sources import open_data
 
+    adapted_one(model)
     splits = in_order_of(model, open_data(data) if isinstance(data, (str, os.PathLike)) else data)
     place = device_named(device)
     chosen = splits.split(split)
@@ -91,6 +92,17 @@ def evaluate(
     with chance(place, seed):
         logits, labels = predictions(model, feed(my_batches(len(chosen), batch_size, Team())), Team(), place, used)
     return score(logits, labels, splits.classes, split)
+
+
+def adapted_one(model: Any) -> None:
+    """Raise SvpError for what is no AdaptedModel."""
+    from svp.model import AdaptedModel
+
+    if not isinstance(model, AdaptedModel):
+        said, hint = type(model).__name__, "svp.adapt(backbone, method, num_classes=…)"
+        if isinstance(model, (str, os.PathLike)):
+            said, hint = f"the path {os.fspath(model)}", f"svp.load('{os.fspath(model)}')"
+        raise SvpError(f"model is {said}, expected an adapted model", hint, "usage")
 
 
 def in_order_of(model: AdaptedModel, data: Splits) -> Splits:

@@ -76,6 +76,7 @@ def settings_of(model: AdaptedModel, data: Splits, recipe: Recipe, seed: int, am
             "name": net.name, "weights": net.weights_from, "img_size": list(net.img_size),
             "overrides": dict(net.overrides), "kernel": net.kernel, "fingerprint": net.fingerprint(),
             **({"pos_resize": net.pos_resize} if net.pos_resize != "middle" else {}),
+            **({"seed": net.seed} if net.seed else {}),
         },
         "methods": [
             {"name": name, "options": dataclasses.asdict(part.given)}

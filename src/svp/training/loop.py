@@ -26,7 +26,7 @@ from svp.model import AdaptedModel, adapt, load
 from svp.options import changed
 from svp.training import checkpoint, machine
 from svp.training.checkpoint import Progress, Snapshot
-from svp.training.evaluate import Evaluation, in_order_of, predictions, score
+from svp.training.evaluate import Evaluation, adapted_one, in_order_of, predictions, score
 from svp.training.facts import card_of, check, check_memory, default_lr, notes_of, result_of, settings_of
 from svp.training.feed import (
     FeatureFeed,
@@ -83,6 +83,7 @@ def fit(
     Raises SvpError, after saving what can be resumed. Ctrl-C and SIGTERM are delivered again after saving.
     """
     seed = operator.index(seed)
+    adapted_one(model)
     splits = open_data(data) if isinstance(data, (str, os.PathLike)) else data
     chosen = recipe if isinstance(recipe, Recipe) else recipe_from(recipe or "default").recipe
     chosen = resolve(changed(chosen, {}, "the recipe"), default_lr(model.method))

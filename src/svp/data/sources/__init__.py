@@ -15,6 +15,7 @@ from svp.data.sources.request import Request
 from svp.data.splits import Splits
 from svp.errors import SvpError, nearest
 
+NOT_YET = r"hf:|(hta|vtab|fewshot)/"
 KINDS = ("folder", "parquet", "digits")
 TASKS = {"digits": "scikit-learn's 1,797 scans of handwritten digits, 10 classes; 1,077 / 360 / 360, never flipped"}
 URL = r"[a-zA-Z][a-zA-Z0-9+.-]+://"
@@ -122,7 +123,14 @@ def _kind(source: str) -> tuple[str, str]:
         return kind, rest
     path = os.path.expanduser(source)
     if source and os.path.isdir(path):
-        return "parquet" if any(Path(path).glob("*.parquet")) else "folder", source
+        is_parquet = any(next(Path(path).glob(form), None) for form in ("*.parquet", "data/*.parquet"))
+        return "parquet" if is_parquet else "folder", source
+    if re.match(NOT_YET, source):
+        raise SvpError(
+            f"{shown(source)}: sources of this kind are not offered yet",
+            f"download the pictures; sources are {KNOWN}",
+            "usage",
+        )
     if not source or (re.fullmatch(r"[\w-]{2,100}(:.*)?", source, re.DOTALL) and not os.path.exists(path)):
         close = nearest(kind, KINDS) if kind else []
         meant = f"did you mean {source.replace(kind, close[0], 1)}?" if close else f"sources are {KNOWN}"
