@@ -561,7 +561,7 @@ RUNS = [
     *(refused(56, f"edited {what}", "predict run pets", problem, hint, "artefact", make=edited(**fields))
       for what, fields, problem, hint in [
           ("number of classes", {"num_classes": 5, "classes": list("abcde")}, r"head\.\w+ is \(2.*adapter_config\.json makes it \(5", "belong together"),
-          ("type of it", {"num_classes": "three"}, "adapter_config.json: num_classes is three, expected at least 2", "by hand"),
+          ("type of it", {"num_classes": "three"}, "adapter_config.json: num_classes is 'three', expected an integer from 2", "by hand"),
           ("class names", {"classes": ["a"]}, "adapter_config.json: 1 class names were given for num_classes 2", "by hand"),
           ("method", {"methods": [{"name": "svq", "options": {}}]}, "adapter_config.json: there is no method 'svq'", "by hand"),
           ("options", {"methods": [{"name": "linear", "options": {"rank": 3}}]}, "adapter_config.json: there is no option of method linear named 'rank'", "by hand"),
