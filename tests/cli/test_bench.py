@@ -120,7 +120,7 @@ def test_no_speed_for_a_wrong_answer(svp, monkeypatch):
         (["--only", "mamba_ssm"], 1, "the row mamba_ssm cannot be measured"),
         (["--img-size", "224,x"], 2, "'224,x' is not a list of sizes"),
         (["--img-size", "0"], 2, "'0' is not a list of sizes"),
-        (["--img-size", "16,24", "-b", "1,2,3"], 2, "--img-size names 2 sizes, --batch-size 3"),
+        (["--img-size", "16,24", "-b", "1,2,3"], 2, "--img-size names 2 sizes, --batch-size 3 (1,2,3)"),
         (["--threads", "0"], 2, "'0' is not a list of numbers"),
         (["--seconds", "0"], 2, "0 is not a finite number above 0"),
         (["--device", "tpu"], 2, "tpu"),

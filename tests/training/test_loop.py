@@ -454,6 +454,12 @@ def test_augmentation_that_would_do_nothing_is_refused(field):
     assert err.value.hint == "-r augment=timm"
 
 
+@pytest.mark.parametrize("policy", ["foo", "randm9", "rand-m9-mstd0.5-inc1x"])
+def test_a_policy_that_timm_does_not_know(policy):
+    with pytest.raises(SvpError, match=f"auto_augment is '{policy}', which is no policy"):
+        fit(model("svp"), splits(), recipe=RECIPE.but(augment="timm", auto_augment=policy))
+
+
 def test_gradients_that_were_left_are_no_part_of_the_first_step():
     fresh, used = model("svp"), model("svp")
     for p in used.parameters():

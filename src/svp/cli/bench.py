@@ -79,7 +79,7 @@ def pairs(img_sizes: tuple[int, ...], batch_sizes: tuple[int, ...]) -> list[tupl
         batch_sizes *= len(img_sizes)
     if len(batch_sizes) != len(img_sizes):
         raise SvpError(
-            f"--img-size names {len(img_sizes)} sizes, --batch-size {len(batch_sizes)}",
+            f"--img-size names {len(img_sizes)} sizes, --batch-size {len(batch_sizes)} ({','.join(map(str, batch_sizes))})",
             "one batch size, or one for each: --img-size 224,768 --batch-size 8,1", "usage",
         )  # fmt: skip
     return list(zip(img_sizes, batch_sizes, strict=True))

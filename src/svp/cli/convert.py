@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,4 +146,4 @@ def show(report: Report, target: Path, is_adapter: bool, typed: dict[str, Any]) 
     click.echo("\n".join(lines))
     click.echo(f"{kind} written: {target}")
     if is_adapter and not typed["to"]:
-        say(f"next: svp predict {target} PICTURE")
+        say(f"next: svp predict {shlex.quote(str(target))} PICTURE")

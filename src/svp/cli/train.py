@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -267,7 +268,7 @@ def show(plan: Plan, data: Splits, results: list[tuple[str, dict]], folders: lis
     )
     say_skipped(data.skipped)
     where = folders[0] if len(folders) == 1 else os.path.commonpath([str(f) for f in folders])
-    say(f"saved in {where}; next: svp predict {folders[0]} PICTURE", typed["quiet"])
+    say(f"saved in {where}; next: svp predict {shlex.quote(str(folders[0]))} PICTURE", typed["quiet"])
 
 
 def rehearse(plan: Plan, wanted: Wanted, net: Any, data: Splits, typed: dict[str, Any]) -> dict[str, Any]:

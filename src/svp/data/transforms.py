@@ -140,11 +140,15 @@ def train_transform(p: Preprocessing, a: Augmentation, may_flip: bool = True) ->
     from timm.data import create_transform
 
     jitter: Any = a.color_jitter or None
-    made: Any = create_transform(
-        (3, *p.crop), is_training=True, scale=(a.scale[0], a.scale[1]), ratio=(a.ratio[0], a.ratio[1]), hflip=flip,
-        interpolation=p.interpolation, color_jitter=jitter, auto_augment=a.auto_augment or None,
-        re_prob=a.erase, re_mode="pixel", re_count=1, mean=p.mean, std=p.std,
-    )  # fmt: skip
+    try:
+        made: Any = create_transform(
+            (3, *p.crop), is_training=True, scale=(a.scale[0], a.scale[1]), ratio=(a.ratio[0], a.ratio[1]), hflip=flip,
+            interpolation=p.interpolation, color_jitter=jitter, auto_augment=a.auto_augment or None,
+            re_prob=a.erase, re_mode="pixel", re_count=1, mean=p.mean, std=p.std,
+        )  # fmt: skip
+    except (AssertionError, ValueError) as err:  # how timm refuses a policy
+        problem = f"auto_augment is '{a.auto_augment}', which is no policy of timm's"
+        raise SvpError(problem, "-r auto_augment=rand-m9-mstd0.5-inc1", "usage") from err
     for step in made.transforms:
         for op in getattr(step, "ops", ()):
             if getattr(op.aug_fn, "__name__", "") == "posterize":
