@@ -267,11 +267,9 @@ def label_of(facts: dict[str, Any]) -> str:
     from svp.methods.base import options_of
     from svp.registry import method_class
 
-    method, options = facts["method"], facts.get("options", {})
-    if method not in options:
-        return facts["label"]
+    method = facts["method"]
     cls = method_class(method)
-    return cls.label(site_of(facts["backbone"]), options_of(cls, options[method], method)) or method
+    return cls.label(site_of(facts["backbone"]), options_of(cls, facts["options"][method], method)) or method
 
 
 @functools.cache

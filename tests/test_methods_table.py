@@ -30,7 +30,7 @@ def table():
 
 def facts(cell, val=0.2, test=0.1, **more):
     return {
-        **cell._asdict(), "label": cell.method, "preset": None, "lr_used": 1e-2 * cell.factor, "val_accuracy": val,
+        **cell._asdict(), "label": cell.method, "options": {cell.method: {}}, "preset": None, "lr_used": 1e-2 * cell.factor, "val_accuracy": val,
         "test_accuracy": test, "trainable": {"total": 1234}, "epochs": 10, "recipe": {"lr": 1e-2 * cell.factor, "epochs": 10},
         "data": {"hash": "h", "sizes": {"train": 10, "val": 4, "test": 5}, "notes": []}, "classes": 4, "seed": 0,
         "img_size": [32, 32], "source": "parquet:flowers", "versions": {"torch": "2"}, "git": "abc", "images_per_cpu_second": 9.5,

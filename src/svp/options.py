@@ -148,7 +148,7 @@ def _converted(hint: Any, value: Any) -> Any:
     if hint is Any:
         return value
     if origin is Literal:
-        return _one_of(args, value)
+        return one_of(args, value)
     if origin in (Union, types.UnionType):
         return _first_that_fits(args, value)
     if origin in (tuple, list):
@@ -160,7 +160,8 @@ def _converted(hint: Any, value: Any) -> Any:
     return _plain(hint, value)
 
 
-def _one_of(choices: tuple, value: Any) -> Any:
+def one_of(choices: tuple, value: Any) -> Any:
+    """The choice that a value from YAML or Python means; raises ValueError where it is none."""
     if isinstance(value, bool) and "off" in choices and not value:  # YAML reads `off` as false
         value = "off"
     if value is None and "none" in choices:

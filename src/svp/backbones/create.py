@@ -52,10 +52,10 @@ def create_backbone(
     for what, given, known in (("kernel", kernel, KERNELS), ("pos_resize", pos_resize, POS_RESIZE)):
         if given not in known:
             raise unknown(what, given, known)
+    # numpy's integers are integers, too
     overrides = {
-        k: operator.index(v) if isinstance(v, numbers.Integral) and not isinstance(v, bool) else v
-        for k, v in overrides.items()
-    }  # numpy's
+        k: int(v) if isinstance(v, numbers.Integral) and not isinstance(v, bool) else v for k, v in overrides.items()
+    }
     seed = operator.index(seed)
     sizes = {**module.VARIANTS.get(name, {}), **overrides}
     if img_size is not None:
@@ -67,9 +67,8 @@ def create_backbone(
         sizes = sizes if found is None else _fitted(name, module, sizes, found, overrides)
         with drawn_from(seed):
             net = family_class(module)(name, **sizes)
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as err:  # of timm's and torch's constructors
-        why = str(err).split("() ")[-1].split("\n")[0] or type(err).__name__
-        raise SvpError(f"{name}: {why}", f"svp list backbones {name}", "usage") from err
+    except TypeError as err:
+        raise SvpError(f"{name}: {str(err).split('() ')[-1]}", f"svp list backbones {name}", "usage") from err
     net.kernel, net.pos_resize, net.seed = kernel, pos_resize, seed
     net.overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
     net.report = Report()

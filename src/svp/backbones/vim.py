@@ -363,14 +363,12 @@ def convolved(w: Weights, x: Tensor, twin: str, memory: Scan, reverse: bool, ker
 
 def left_behind(mod: nn.Module, w: Weights, x: Tensor, twin: str, kernel: str) -> tuple[Tensor, Tensor]:
     """x (b, m, e) columns -> what they leave in the direction `twin`: state (b, e, n), past (b, e, taps - 1)."""
-    A_log, taps = w["A_b_log" if twin else "A_log"], w[f"conv1d{twin}.weight"].shape[-1]
+    a_name, taps = "A_b_log" if twin else "A_log", w[f"conv1d{twin}.weight"].shape[-1]
     past = F.pad(x, (0, 0, taps - 1, 0))[:, x.shape[1] :].transpose(1, 2)
     if not x.shape[1]:
-        return A_log.new_zeros(len(x), *A_log.shape), past
+        return w[a_name].new_zeros(len(x), *w[a_name].shape), past
     u = convolved(w, x, twin, Scan(), False, kernel)
-    _, state = scan_one_way(
-        mod, w, u, twin, "A_b_log" if twin else "A_log", Scan(), False, kernel, return_last_state=True
-    )
+    _, state = scan_one_way(mod, w, u, twin, a_name, Scan(), False, kernel, return_last_state=True)
     return state, past
 
 

@@ -286,7 +286,11 @@ def _from_timm(name: str, img_size: tuple[int, int] | None, sizes: dict[str, Any
 
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if VARIANTS.get(name) or name == "vit":  # a size of ours
-        net: Any = VisionTransformer(**size, **sizes)
+        try:
+            net: Any = VisionTransformer(**size, **sizes)
+        except (AssertionError, RuntimeError, ValueError) as err:  # how timm and torch refuse sizes
+            why = str(err).split("\n")[0] or type(err).__name__
+            raise SvpError(f"{name}: {why}", f"svp list backbones {name}", "usage") from err
         net.pretrained_cfg = {}
         return net
     if not timm.is_model(name):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from svp.errors import SvpError, nearest
+from svp.options import build, one_of
 from svp.registry import overrides_of
 from svp.training.config import read_yaml
 from svp.training.recipe import check_version
@@ -72,9 +73,7 @@ def text(key: str) -> Row:
 
 def choice(key: str, *choices: str) -> Row:
     def read(value: Any) -> dict[str, Any]:
-        value = "off" if value is False and "off" in choices else value  # as YAML reads it
-        fits(value in choices)
-        return {key: value}
+        return {key: one_of(choices, value)}
 
     return Row(" or ".join(choices), read)
 
@@ -115,7 +114,6 @@ def recipe(value: Any) -> dict[str, Any]:
 
 def protocol(value: Any) -> dict[str, Any]:
     from svp.data.protocols import Protocol
-    from svp.options import build
 
     fits(isinstance(value, (str, dict)))
     is_name = isinstance(value, str)

@@ -77,15 +77,15 @@ def command(**typed: Any) -> None:
 
     found = read_trained(typed["run"])
     device = device_named(typed["device"])
-    data = data_of(found, typed)
+    data, own = data_of(found, typed)
     split = typed["split"] or ("val" if data.test is None else "test")
     data.split(split)
     if typed["split"] is None and data.test is None:
         note(
             f"{data.source} has no test split: validation is measured, on which the epoch was selected", typed["quiet"]
         )
-    own = is_own(found, data)
-    if found.settings.get("data") and not own and same_place(typed["source"], found.source):
+    changed = bool(found.settings.get("data")) and not own
+    if changed and same_place(typed["source"], found.source):
         note(f"the pictures of {data.source} have changed since training: some that are measured may have been trained on", typed["quiet"])  # fmt: skip
     beside = "" if not typed["source"] or own else short_name(data.source)
     out = made(Path(typed["out"] or found.home / "eval" / beside))
@@ -107,12 +107,15 @@ def command(**typed: Any) -> None:
         show(scores, what, data)
         say(f"confusion matrix: {files['picture']}", typed["quiet"])
     if not typed["source"]:
-        compare(found, data, scores, typed["quiet"])
+        compare(found, changed, scores, typed["quiet"])
     say_skipped(data.skipped)
 
 
-def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
-    """The splits of SOURCE, all its pictures where no split is asked for; else of the run's own source, as the run read it."""
+def data_of(found: Trained, typed: dict[str, Any]) -> tuple[Splits, bool]:
+    """The splits of SOURCE, all its pictures where no split is asked for; else of the run's own source, as the run read it.
+
+    Beside them whether they are those that the run was trained on, which to find out may mean reading them all.
+    """
     from svp.data.sources import open_data, open_whole
 
     source = typed["source"] or found.source
@@ -133,9 +136,10 @@ def data_of(found: Trained, typed: dict[str, Any]) -> Splits:
             with contextlib.suppress(SvpError):
                 data = open_data(source, **cut)
                 if is_own(found, data):
-                    return data
-            return open_whole(source, protocol=found.protocol, **reading)
-        return open_data(source, **cut)
+                    return data, True
+            return open_whole(source, protocol=found.protocol, **reading), False
+        data = open_data(source, **cut)
+        return data, is_own(found, data)
     except SvpError as err:
         if typed["source"]:
             raise
@@ -212,11 +216,10 @@ def mistakes(scores: Evaluation) -> list[str]:
     return [f"{scores.classes[j]} ({wrong[i, j]:,})" if wrong[i, j] else "" for i, j in enumerate(best)]
 
 
-def compare(found: Trained, data: Splits, scores: Evaluation, quiet: bool) -> None:
+def compare(found: Trained, changed: bool, scores: Evaluation, quiet: bool) -> None:
     """Say when the run's own numbers were others, and why that may be."""
     told = found.result.get(f"{scores.split}_accuracy")
     if told is None or abs(told - scores.accuracy) < 0.5 / scores.count:
         return
-    changed = found.settings.get("data") and not is_own(found, data)
     why = "the pictures are not the same" if changed else "another machine, kernel or precision rounds differently"
     note(f"the run itself reported {percent(told)} %: {why}", quiet)

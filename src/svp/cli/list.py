@@ -80,7 +80,7 @@ def backbones() -> Table:
     found: Table = []
     for e in BACKBONES.entries().values():
         rows, published = ({}, {}) if e.entry_point else written(e.module)
-        of_timm = e.module.endswith(".vit") and not rows.get(e.name)  # a name of timm's, whose weights it knows
+        of_timm = rows.get(e.name) == {}  # sizes and weights that timm knows by the name alone
         weights = "in the package" if is_shipped(e.name) else "published" if e.name in published or of_timm else "-"
         sizes = ", ".join(f"{k} {v}" for k, v in rows.get(e.name, {}).items())
         found.append(
@@ -217,13 +217,8 @@ def backbone_page(name: str) -> Facts:
     with torch.device("meta"):
         net = cls(name, **sizes)
     shipped, published = shipped_weights(name), part_of(module, "published")(name)
-    weights = (
-        f"{shipped.name}, in the package"
-        if shipped
-        else f"{published[1]} of hf:{published[0]}"
-        if published
-        else "none"
-    )
+    weights = f"{published[1]} of hf:{published[0]}" if published else "none"
+    weights = f"{shipped.name}, in the package" if shipped else weights
     hints = inspect.get_annotations(cls.__init__, eval_str=True)
     options = [
         {

@@ -24,7 +24,8 @@ class DAMVP(Method):
     Before training, features of at most `sample` augmented training pictures are clustered (average linkage) up to a
     distance: published for a few networks (21 ResNet-50, 31 ViT-B/16 of ImageNet-1k, 10 of 21k).
     head "new" trains a head beside the frames, without weight decay (the paper's SGD gives it a rate of its own, head_lr=0.1,
-    which is none for AdamW); "features" trains none: class j reads one of the features that vary most over pictures of noise. `meta` starts every frame from a saved one.
+    which is none for AdamW); "features" trains none: class j reads one of the features that vary most over pictures of noise.
+    `meta` starts every frame from a saved one.
     The released code's slip in the momentum's name (momentum 0) is the recipe's, and so is its schedule that overwrites
     the head's rate: without head_lr both share one. A picture costs a second frozen pass.
     Ours: the default distance, of 40 values between the 5th and 95th percentile of all distances the smallest that gives at

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svp.methods._layers import is_vit
 from svp.methods.base import Phase
 from svp.methods.vpt import VPT
 from svp.options import option
@@ -67,7 +68,7 @@ class E2VPT(VPT):
 
     @classmethod
     def label(cls, site, opt):
-        return None if "attn" in site.blocks[0].kinds else "e2vpt_in"
+        return None if is_vit(site) else "e2vpt_in"
 
     def __init__(self, site, opt, num_classes):
         super().__init__(site, opt, num_classes)

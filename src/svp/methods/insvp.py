@@ -85,7 +85,7 @@ class InsVP(VPT):
             nn.Conv2d(opt.hidden_global, 3, last, padding=last // 2),
         )  # fmt: skip
         self.drop, self.proj = nn.Dropout(opt.dropout), nn.Identity()
-        self.attends, self.inserts = "attn" in site.blocks[0].kinds, has_tokens(site, opt)
+        self.attends, self.inserts = is_vit(site), has_tokens(site, opt)
         self.counts_tokens = self.inserts
         if self.inserts:
             d, count = site.blocks[0].width, opt.num_tokens

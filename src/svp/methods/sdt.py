@@ -53,6 +53,7 @@ class SDT(Method):
         self.places = [(*pair, block.n) for i, block in enumerate(site.blocks) for pair in places(i, block)]
         self.A, self.B, self.C = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         self.warm = nn.ParameterList()  # (n, e) each, during the warm-up only
+        self.start: dict[str, Tensor] = {}  # what trains beside it, as it was before the warm-up
         for j, (A_log, _, n) in enumerate(self.places):
             e = site.weights[A_log].shape[0]
             c, s = kept(e, opt.freeze_channels), kept(n, opt.freeze_states)
@@ -102,7 +103,7 @@ class SDT(Method):
                 part[j].zero_()
         for name, p in self.others(run):
             p.copy_(self.start[name])
-        self.warm = nn.ParameterList()
+        self.warm, self.start = nn.ParameterList(), {}
         self.train_only(self)
 
     def others(self, run) -> list[tuple[str, Tensor]]:

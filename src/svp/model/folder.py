@@ -21,22 +21,18 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
     Raises SvpError when it holds something else than an adapter, is where this process works, or cannot be written.
     """
     folder = folder.resolve()
-    if Path.cwd().is_relative_to(folder):
-        raise SvpError(
-            f"{folder} is the working directory, which cannot be replaced", "a folder in it: adapter/", "usage"
-        )
     old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
     work = None
     try:
+        if Path.cwd().is_relative_to(folder):
+            problem = f"{folder} is the working directory, which cannot be replaced"
+            raise SvpError(problem, "a folder in it: adapter/", "usage")
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists() and not (folder / CONFIG).exists() and any(folder.iterdir()):
             raise SvpError(f"{folder} exists and is no adapter folder", "choose another name", kind="artefact")
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         for name, content in files.items():
-            with open(work / name, "wb") as f:
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
+            write_flushed(work / name, content)
         work.chmod(0o755)
         if folder.exists():
             for path in folder.iterdir():
@@ -55,6 +51,14 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
         raise SvpError(problem, "check the folder and the space on its disk", "env") from err
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Bytes into a file, and through the system's buffers onto the disk."""
+    with open(path, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def _beside(path: Path, new: Path) -> None:

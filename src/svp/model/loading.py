@@ -104,7 +104,8 @@ class Saved:
             (height, width), classes = named["img_size"], config["classes"]
             return cls(
                 str(named["name"]), str(named["weights"]), str(named["fingerprint"]), (int(height), int(width)),
-                overrides_of(named["overrides"]), str(named.get("pos_resize", "middle")), int(named.get("seed", 0)), DTYPES[named.get("dtype", "float32")],
+                overrides_of(named["overrides"]), str(named.get("pos_resize", "middle")), int(named.get("seed", 0)),
+                DTYPES[named.get("dtype", "float32")],
                 [(str(m["name"]), dict(m["options"])) for m in config["methods"]], str(config["head"]),
                 config["num_classes"], None if classes is None else list(classes),
                 Preprocessing.from_dict(config["preprocessing"]), dict(config["task"]),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from svp.errors import SvpError
-from svp.model.folder import TENSORS
+from svp.model.folder import TENSORS, write_flushed
 from svp.training.config import differences, plain, read_yaml, to_yaml
 
 CONFIG, METRICS, RESULT, PREDICTIONS = "config.yaml", "metrics.jsonl", "result.json", "predictions.csv"
@@ -83,13 +83,10 @@ class RunFolder:
     def _refuse_foreign(self) -> None:
         with self.guarded("read"):
             names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-        if CONFIG in names and not self._is_run():  # a folder of the user's may hold model/ and eval/ too
-            names = [CONFIG]
-        elif CONFIG in names:
-            return
-        if names:
+        if names and not self._is_run():  # a folder of the user's may hold config.yaml, model/ and eval/ too
+            found = CONFIG if CONFIG in names else names[0]
             raise SvpError(
-                f"{self.path} holds other things ({names[0]}) and is no run folder",
+                f"{self.path} holds other things ({found}) and is no run folder",
                 "give a new folder with --out", "usage",
             )  # fmt: skip
 
@@ -233,10 +230,8 @@ class RunFolder:
         temporary = path.with_name(f".{path.name}.new")
         with self.guarded("written", path):
             try:
-                with open(temporary, "wb") as f:
-                    f.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-                    f.flush()
-                    os.fsync(f.fileno())
+                data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+                write_flushed(temporary, data)
                 os.replace(temporary, path)
             except BaseException:
                 with contextlib.suppress(OSError):

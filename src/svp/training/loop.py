@@ -89,9 +89,9 @@ def fit(
     chosen = resolve(changed(chosen, {}, "the recipe"), default_lr(model.method))
     place = machine.device_named(device)
     machine.git_revision()
-    keeps = out is not None and amp == "auto" and not overwrite
-    held = (RunFolder(out).settings() or {}).get("amp") if keeps else None  # type: ignore[arg-type]
-    used_amp = machine.precision(held or amp, chosen.amp, place)  # what a run began with, it ends with
+    if out is not None and amp == "auto" and not overwrite:
+        amp = (RunFolder(out).settings() or {}).get("amp") or amp  # what a run began with, it ends with
+    used_amp = machine.precision(amp, chosen.amp, place)
     given = splits
     splits = in_order_of(model, given)
     check(splits, chosen)
@@ -186,7 +186,7 @@ class Training:
     def begin(self, index: int, phase: Phase, snapshot: Snapshot | None) -> None:
         """What `begin` of the phase changes, then optimiser and schedule made anew, then what a checkpoint remembers."""
         recipe = resolve(phase.recipe, self.facts["recipe"]["lr"])
-        self.recipe = recipe
+        self.recipe, self.lr = recipe, recipe.base_lr
         self.run_begin(index, phase, snapshot.entries.get(index) if snapshot else None)
         self.team.agree(self.model.state_dict().values())
         self.model.drop_path = recipe.drop_path
@@ -228,7 +228,7 @@ class Training:
         for step in steps[p.step :]:
             lr = self.set_lr(epoch * len(steps) + p.step, len(steps))
             with chance(self.device, self.seed, p.phase, epoch, p.step, self.team.rank):
-                loss, stop = self.train_step(flow, step, lr)
+                loss, stop = self.train_step(flow, step)
             p.step += 1
             p.total_steps += 1
             self.tell_step(len(steps), loss, lr, (p.images - before) / max(time.monotonic() - started, 1e-9))
@@ -236,7 +236,7 @@ class Training:
         self.speed = (p.images - before) / max(time.monotonic() - started, 1e-9) if p.images > before else None
         p.train_seconds += time.monotonic() - started
 
-    def train_step(self, flow: Iterator, step: list[Tensor], lr: float) -> tuple[float, bool]:
+    def train_step(self, flow: Iterator, step: list[Tensor]) -> tuple[float, bool]:
         """Forward and backward of each batch of the step, then one update; the mean loss, and whether to stop now."""
         total = sum(len(batch) for batch in step)
         sums = torch.zeros(2, dtype=torch.float64)  # mean loss, right answers
@@ -257,7 +257,7 @@ class Training:
         stop = self.add_over_team(sums)
         loss_value, right_count = sums.tolist()
         if not math.isfinite(loss_value):
-            raise self.not_finite(loss_value, lr)
+            raise self.not_finite("loss", loss_value, self.progress.total_steps + 1)
         self.scaler.unscale_(self.optimizer)
         clip_gradients(self.optimizer.param_groups, self.recipe.clip_grad)
         self.scaler.step(self.optimizer)
@@ -373,7 +373,7 @@ class Training:
             )
         self.size_in_use = "batch_size"
         if not np.isfinite(logits).all():  # by the last step, whose loss was that before it
-            raise self.not_finite(math.nan, self.lr, f"{name} loss")
+            raise self.not_finite(f"{name} loss", math.nan, self.progress.total_steps)
         return score(logits, labels, self.data.classes, name)
 
     def caches_features(self) -> bool:
@@ -531,12 +531,12 @@ class Training:
         self.clock = now
         return self.progress.seconds
 
-    def not_finite(self, loss: float, lr: float, what: str = "loss") -> SvpError:
+    def not_finite(self, what: str, value: float, step: int) -> SvpError:
         p = self.progress
         kept = "; the last good checkpoint is kept" if self.folder and self.folder.snapshot_file() else ""
         remedy = "--amp off" if self.amp != "off" else "-r clip_grad=1"
         return SvpError(
-            f"the {what} is {loss} at step {p.total_steps + (what == 'loss')} (epoch {p.past_epochs + p.epoch + 1}, learning rate {lr:.3g}, "
+            f"the {what} is {value} at step {step} (epoch {p.past_epochs + p.epoch + 1}, learning rate {self.lr:.3g}, "
             f"precision {self.amp}){kept}",
             f"train again with --lr {self.facts['recipe']['lr'] / 10:.3g}, or {remedy}",
         )

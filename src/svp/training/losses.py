@@ -37,8 +37,7 @@ class Mixer:
 
         self.mixup: Any = Mixup(
             mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, prob=recipe.mixup_prob, switch_prob=recipe.mixup_switch,
-            mode="batch",
-            label_smoothing=recipe.label_smoothing, num_classes=num_classes,
+            mode="batch", label_smoothing=recipe.label_smoothing, num_classes=num_classes,
         )  # fmt: skip
         self.smoothing, self.num_classes = recipe.label_smoothing, num_classes
 
